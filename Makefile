@@ -1,0 +1,48 @@
+# Two commands do all set-up: `make demo` and `make test`. Everything lives in .venv.
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+PROTOS := $(wildcard proto/rhizome/v1/*.proto)
+
+.PHONY: install demo test test-slow check proto wheel-check clean
+.DEFAULT_GOAL := install
+
+install: $(VENV)/.installed
+
+# CPU wheels of torch suffice here; where pip would fetch a CUDA build, set PIP_EXTRA_INDEX_URL to a CPU index.
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rhizome needs Python 3.11 or newer")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+demo: install
+	$(BIN)/rhizome demo
+
+test: install check
+	$(BIN)/pytest -m 'not slow'
+
+test-slow: install
+	$(BIN)/pytest -m slow --timeout=3600
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
+
+proto: install
+	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
+		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
+
+# The wheel, not only the editable install: built, put into an empty environment, every package imported.
+wheel-check: install
+	rm -rf build/wheel && mkdir -p build/wheel
+	$(BIN)/python -m build --quiet --wheel --outdir build/wheel .
+	$(PYTHON) -m venv build/wheel/venv
+	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl
+	cd build/wheel && venv/bin/rhizome --help >/dev/null && \
+		venv/bin/python -c 'import radix, kv_events, router, worker, deploy, rhizome.v1; print("wheel: all packages import")'
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

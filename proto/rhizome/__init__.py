@@ -1,0 +1,1 @@
+"""The contract between router, worker and clients: messages, their limits, errors and tickets."""
