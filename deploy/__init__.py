@@ -1,0 +1,1 @@
+"""Starts things: the command line, the embedded cluster, the demo."""

@@ -1,0 +1,92 @@
+"""Signatures under the fleet's secret: HMAC-SHA256 (RFC 2104).
+
+A ticket is the router's word that a worker may take a request's salt and block keys as they are: a client that makes
+up keys of its own could otherwise plant blocks under the keys of somebody else's prompt. A worker ignores keys that
+come without a ticket and hashes by itself.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import os
+
+from rhizome.errors import Denied
+from rhizome.v1 import fleet_pb2, worker_pb2
+
+SECRET_VARIABLE = "RHIZOME_FLEET_SECRET"  # noqa: S105 - the name of the variable, not a secret
+TICKET_LIFETIME_MS = 60_000
+
+
+def fleet_secret() -> bytes:
+    """The secret from the environment; empty when the fleet has none (then nothing is signed)."""
+    return os.environ.get(SECRET_VARIABLE, "").encode()
+
+
+def _mac(secret: bytes, *parts: bytes) -> bytes:
+    mac = hmac.new(secret, digestmod=hashlib.sha256)
+    for part in parts:
+        mac.update(len(part).to_bytes(8, "little"))
+        mac.update(part)
+    return mac.digest()
+
+
+def _request_mac(secret: bytes, request: worker_pb2.WorkerGenerateRequest) -> bytes:
+    ticket = request.ticket
+    return _mac(
+        secret,
+        b"ticket",
+        ticket.worker_id.encode(),
+        ticket.epoch.to_bytes(8, "little"),
+        ticket.expires_unix_ms.to_bytes(8, "little"),
+        request.token_ids,
+        request.salt,
+        request.block_keys,
+    )
+
+
+def sign_request(
+    secret: bytes, request: worker_pb2.WorkerGenerateRequest, worker_id: str, epoch: int, unix_ms: int
+) -> None:
+    """Attach a ticket for `worker_id` to a request; without a secret, nothing."""
+    if not secret:
+        return
+    request.ticket.worker_id = worker_id
+    request.ticket.epoch = epoch
+    request.ticket.expires_unix_ms = unix_ms + TICKET_LIFETIME_MS
+    request.ticket.signature = _request_mac(secret, request)
+
+
+def has_valid_ticket(
+    secret: bytes, request: worker_pb2.WorkerGenerateRequest, worker_id: str, epoch: int, unix_ms: int
+) -> bool:
+    """Whether keys and salt may be taken as they are. Raises Denied for a ticket that was tampered with or is old."""
+    if not request.HasField("ticket") or not secret:
+        return False
+    ticket = request.ticket
+    if not hmac.compare_digest(ticket.signature, _request_mac(secret, request)):
+        raise Denied("ticket: the signature does not fit this request")
+    if ticket.worker_id != worker_id or ticket.epoch != epoch:
+        raise Denied(
+            f"ticket: issued for {ticket.worker_id} of epoch {ticket.epoch}, this is {worker_id} of epoch {epoch}"
+        )
+    if unix_ms > ticket.expires_unix_ms:
+        raise Denied(f"ticket: expired {unix_ms - ticket.expires_unix_ms} ms ago")
+    return True
+
+
+def _registration_mac(secret: bytes, request: fleet_pb2.RegisterRequest) -> bytes:
+    parts = (request.worker_id.encode(), request.epoch.to_bytes(8, "little"), request.address.encode())
+    return _mac(secret, b"register", *parts)
+
+
+def sign_registration(secret: bytes, request: fleet_pb2.RegisterRequest) -> None:
+    """Prove that a worker belongs to the fleet; without a secret, nothing."""
+    if secret:
+        request.proof = _registration_mac(secret, request)
+
+
+def check_registration(secret: bytes, request: fleet_pb2.RegisterRequest) -> None:
+    """Raise Denied unless the registration is signed under the fleet's secret (where there is one)."""
+    if secret and not hmac.compare_digest(request.proof, _registration_mac(secret, request)):
+        raise Denied(f"worker {request.worker_id}: the registration is not signed under the fleet's secret")

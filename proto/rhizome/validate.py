@@ -1,0 +1,72 @@
+"""The limits of a request, checked alike by the router and by a worker that a client reaches directly."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+
+from rhizome.errors import InvalidRequest
+from rhizome.v1 import generation_pb2 as pb
+
+MAX_REQUEST_ID_CHARS = 128
+MAX_CHOICES = 16
+MAX_LOGPROBS = 20  # OpenAI's bound
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 256
+MAX_STOP_TOKEN_IDS = 64
+MAX_TEMPERATURE = 100.0
+MAX_REPETITION_PENALTY = 100.0
+
+_REQUEST_ID = re.compile(r"[\x21-\x7e]{0,%d}" % MAX_REQUEST_ID_CHARS)
+
+
+def check_request_id(request_id: str) -> None:
+    """Printable ASCII without spaces: it goes into logs and metadata."""
+    if not _REQUEST_ID.fullmatch(request_id):
+        limit = f"at most {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces"
+        raise InvalidRequest("request_id", request_id, limit)
+
+
+def check_prompt_length(prompt_tokens: int, max_model_len: int) -> None:
+    """A prompt holds a token at least and leaves room for one of the answer."""
+    if prompt_tokens == 0:
+        raise InvalidRequest("prompt", "", "it must hold at least one token")
+    if prompt_tokens >= max_model_len:
+        limit = f"the model allows {max_model_len} tokens, prompt and at least one answer token together"
+        raise InvalidRequest("prompt tokens", prompt_tokens, limit)
+
+
+def check_sampling(params: pb.SamplingParams, *, vocab_size: int, prompt_tokens: int, max_model_len: int) -> None:
+    """Raise InvalidRequest for the first field out of its range."""
+
+    def number(name: str, value: float, accepts: Callable[[float], bool], limit: str) -> None:
+        if not (math.isfinite(value) and accepts(value)):
+            raise InvalidRequest(f"sampling.{name}", value, limit)
+
+    def at_most(name: str, value: int, limit: int) -> None:
+        if value > limit:
+            raise InvalidRequest(f"sampling.{name}", value, f"at most {limit}")
+
+    if params.HasField("temperature"):
+        number("temperature", params.temperature, lambda v: 0 <= v <= MAX_TEMPERATURE, f"0 to {MAX_TEMPERATURE:g}")
+    if params.HasField("top_p"):
+        number("top_p", params.top_p, lambda v: 0 < v <= 1, "above 0 and at most 1")
+    number("min_p", params.min_p, lambda v: 0 <= v <= 1, "0 to 1")
+    if params.HasField("repetition_penalty"):
+        limit = f"above 0 and at most {MAX_REPETITION_PENALTY:g}"
+        number("repetition_penalty", params.repetition_penalty, lambda v: 0 < v <= MAX_REPETITION_PENALTY, limit)
+    number("presence_penalty", params.presence_penalty, lambda v: -2 <= v <= 2, "-2 to 2")
+    number("frequency_penalty", params.frequency_penalty, lambda v: -2 <= v <= 2, "-2 to 2")
+    at_most("top_k", params.top_k, vocab_size)
+    at_most("max_tokens", params.max_tokens, max_model_len - prompt_tokens)
+    at_most("min_tokens", params.min_tokens, params.max_tokens or max_model_len - prompt_tokens)
+    at_most("logprobs", params.logprobs, min(MAX_LOGPROBS, vocab_size))
+    at_most("n", params.n, MAX_CHOICES)
+    at_most("stop (strings)", len(params.stop), MAX_STOP_STRINGS)
+    for text in params.stop:
+        if not 1 <= len(text) <= MAX_STOP_CHARS:
+            raise InvalidRequest("sampling.stop", text, f"1 to {MAX_STOP_CHARS} characters each")
+    at_most("stop_token_ids (ids)", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS)
+    for token in params.stop_token_ids:
+        at_most("stop_token_ids", token, vocab_size - 1)

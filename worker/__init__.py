@@ -1,0 +1,1 @@
+"""Serves requests with a paged, prefix-caching engine."""
