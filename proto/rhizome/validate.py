@@ -18,7 +18,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 100.0
 
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{0,%d}" % MAX_REQUEST_ID_CHARS)
+_REQUEST_ID = re.compile(rf"[\x21-\x7e]{{0,{MAX_REQUEST_ID_CHARS}}}")
 
 
 def check_request_id(request_id: str) -> None:
