@@ -1,0 +1,239 @@
+"""Decides what each step computes. Continuous batching with chunked prefill and preemption by recomputation, as in
+vLLM (Kwon et al., SOSP 2023) and Sarathi (Agrawal et al., OSDI 2024). Torch-free.
+"""
+
+from __future__ import annotations
+
+from bisect import insort
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from rhizome.errors import InvalidRequest, Overloaded
+from worker.plan import Chunk, SamplingInput, StepPlan
+from worker.prefix_cache import PrefixCache
+from worker.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Bounds of one worker."""
+
+    num_blocks: int
+    block_size: int = 16  # tokens
+    max_model_len: int = 8192  # tokens of one sequence
+    max_batched_tokens: int = 512  # of a step: bounds how long a prefill holds up the others' next token
+    max_running: int = 64  # sequences
+    max_waiting: int = 256  # requests
+
+    def __post_init__(self) -> None:
+        for name in ("num_blocks", "block_size", "max_model_len", "max_batched_tokens", "max_running", "max_waiting"):
+            if getattr(self, name) < 1:
+                raise InvalidRequest(name, getattr(self, name), "at least 1")
+        if self.max_batched_tokens < self.max_running:
+            limit = f"at least max_running ({self.max_running}): every running sequence gets a token a step"
+            raise InvalidRequest("max_batched_tokens", self.max_batched_tokens, limit)
+        if self.max_model_len > self.num_blocks * self.block_size:
+            held = self.num_blocks * self.block_size
+            limit = f"at most the {held} tokens that {self.num_blocks} blocks of {self.block_size} hold"
+            raise InvalidRequest("max_model_len", self.max_model_len, limit)
+
+
+@dataclass(slots=True)
+class Scheduled:
+    """One sequence's share of a step."""
+
+    sequence: Sequence
+    num_tokens: int
+    copies: list[tuple[int, int]]
+
+
+class Scheduler:
+    """Queues and blocks. Decode steps go first, then prefill chunks in rank order while the token budget lasts."""
+
+    def __init__(self, config: SchedulerConfig, stop_tokens: frozenset[int] = frozenset()) -> None:
+        """`stop_tokens`: the model's end-of-sequence tokens, which `min_tokens` holds off."""
+        self.config = config
+        self.cache = PrefixCache(config.num_blocks, config.block_size)
+        self.waiting: list[Sequence] = []  # by rank
+        self.running: list[Sequence] = []
+        self.preemptions = 0
+        self.prompt_tokens = 0
+        self.cached_prompt_tokens = 0
+        self._stop_tokens = stop_tokens
+
+    def add(self, sequence: Sequence) -> None:
+        """Queue a sequence. Raises Overloaded when the queue is full, InvalidRequest when it could never run."""
+        if sequence.forks + 1 > self.config.max_running:
+            limit = f"at most the {self.config.max_running} sequences that run at once"
+            raise InvalidRequest("sampling.n", sequence.forks + 1, limit)
+        if len(self.waiting) >= self.config.max_waiting:
+            raise Overloaded(f"{len(self.waiting)} requests wait, and {self.config.max_waiting} is the limit")
+        sequence.expected_cached = len(self._lookup(sequence)) * self.config.block_size
+        insort(self.waiting, sequence, key=_rank)
+
+    def remove(self, sequence: Sequence) -> None:
+        """Take a sequence out, wherever it is, and free its blocks. One that has ended already is ignored."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self._free_blocks(sequence)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[Scheduled]:
+        """What the next step computes; blocks for it are allocated. Empty when there is nothing to do."""
+        budget = self.config.max_batched_tokens
+        step: list[Scheduled] = []
+        preempted = False
+        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.rank)):
+            if budget == 0:
+                break
+            if sequence not in self.running:
+                continue  # preempted for a better-ranked one
+            num_tokens = min(sequence.remaining, budget)
+            if not self._make_room(sequence, num_tokens, step):
+                preempted = True
+                continue
+            step.append(self._take_blocks(sequence, num_tokens))
+            budget = self.config.max_batched_tokens - sum(entry.num_tokens for entry in step)
+        if not preempted:
+            self._admit(step, budget)
+        return step
+
+    def plan(self, step: list[Scheduled]) -> StepPlan:
+        """The step in the words of the model runner."""
+        chunks = tuple(self._chunk(entry.sequence, entry.num_tokens) for entry in step)
+        return StepPlan(chunks, tuple(copy for entry in step for copy in entry.copies))
+
+    def computed(self, entry: Scheduled) -> None:
+        """A chunk's KV is in its blocks: list those that became full."""
+        sequence = entry.sequence
+        sequence.computed += entry.num_tokens
+        if sequence.request.bypass_prefix_cache:
+            return
+        for index in range(sequence.listed, sequence.computed // self.config.block_size):
+            self.cache.insert(sequence.blocks[index], sequence.content(index))
+            sequence.listed = index + 1
+
+    def fork(self, sequence: Sequence, choice: int) -> Sequence:
+        """A running copy that shares every block; the first to write into a shared one copies it."""
+        fork = sequence.fork(choice)
+        for block in fork.blocks:
+            self.cache.pool.retain(block)
+        self.running.append(fork)
+        return fork
+
+    def check(self) -> None:
+        """Assert that every reference to a block is some running sequence's, and that nobody else holds any."""
+        self.cache.check()
+        held: dict[int, int] = {}
+        for sequence in self.running:
+            for block in sequence.blocks:
+                held[block] = held.get(block, 0) + 1
+        pool = self.cache.pool
+        assert all(pool.ref_count(block) == held.get(block, 0) for block in range(pool.num_blocks)), "a block leaked"
+        assert not any(sequence.blocks for sequence in self.waiting)
+        assert len(self.running) <= self.config.max_running
+
+    def _lookup(self, sequence: Sequence) -> list[int]:
+        return self.cache.lookup(sequence.reusable_keys(), sequence.tokens)
+
+    def _admit(self, step: list[Scheduled], budget: int) -> None:
+        """Move sequences from waiting to running, best rank first, while one fits as a whole."""
+        while self.waiting and budget > 0:
+            sequence = self.waiting[0]
+            running = sum(1 + other.forks for other in self.running)
+            if running + 1 + sequence.forks > self.config.max_running:
+                return
+            cached = self._lookup(sequence)
+            idle = sum(self.cache.pool.ref_count(block) == 0 for block in cached)
+            # Blocks for all of it, not for the first chunk alone: it shall not be preempted half-way through its prompt.
+            missing = self._blocks_for(len(sequence.tokens)) - len(cached)
+            if missing > self.cache.pool.available - idle - self._blocks_promised():
+                return
+            del self.waiting[0]
+            self._start(sequence, cached)
+            num_tokens = min(sequence.remaining, budget)
+            step.append(self._take_blocks(sequence, num_tokens))
+            budget -= num_tokens
+
+    def _start(self, sequence: Sequence, cached: list[int]) -> None:
+        for block in cached:
+            self.cache.pool.retain(block)
+        sequence.blocks = list(cached)
+        sequence.computed = len(cached) * self.config.block_size
+        sequence.listed = len(cached)
+        if sequence.cached_tokens is None:
+            sequence.cached_tokens = sequence.computed
+            self.prompt_tokens += sequence.prompt_len
+            self.cached_prompt_tokens += sequence.computed
+        self.running.append(sequence)
+
+    def _blocks_promised(self) -> int:
+        """Blocks that running sequences still need for prompts that were admitted as a whole."""
+        return sum(max(0, self._blocks_for(len(s.tokens)) - len(s.blocks)) for s in self.running)
+
+    def _blocks_for(self, num_tokens: int) -> int:
+        return -(-num_tokens // self.config.block_size)
+
+    def _needed(self, sequence: Sequence, num_tokens: int) -> int:
+        new = self._blocks_for(sequence.computed + num_tokens) - len(sequence.blocks)
+        return new + (self._shared_tail(sequence) is not None)
+
+    def _shared_tail(self, sequence: Sequence) -> int | None:
+        """The index of a partly filled block that others hold too, and that would be written next."""
+        index = sequence.computed // self.config.block_size
+        if index < len(sequence.blocks) and self.cache.pool.ref_count(sequence.blocks[index]) > 1:
+            return index
+        return None
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: list[Scheduled]) -> bool:
+        """Preempt the worst-ranked until the chunk's blocks are available; False when that was `sequence` itself."""
+        while self._needed(sequence, num_tokens) > self.cache.pool.available:
+            victim = max(self.running, key=_rank)
+            self._preempt(victim)
+            step[:] = [entry for entry in step if entry.sequence is not victim]
+            if victim is sequence:
+                return False
+        return True
+
+    def _preempt(self, victim: Sequence) -> None:
+        """Back to the queue; its blocks go, and it is computed again from what the prefix cache then still holds."""
+        self.running.remove(victim)
+        self._free_blocks(victim)
+        victim.computed = victim.listed = 0
+        insort(self.waiting, victim, key=_rank)
+        self.preemptions += 1
+
+    def _take_blocks(self, sequence: Sequence, num_tokens: int) -> Scheduled:
+        pool = self.cache.pool
+        copies: list[tuple[int, int]] = []
+        shared = self._shared_tail(sequence)
+        if shared is not None:
+            source = sequence.blocks[shared]
+            sequence.blocks[shared] = pool.allocate()
+            copies.append((source, sequence.blocks[shared]))
+            pool.release([source])
+        while len(sequence.blocks) < self._blocks_for(sequence.computed + num_tokens):
+            sequence.blocks.append(pool.allocate())
+        return Scheduled(sequence, num_tokens, copies)
+
+    def _free_blocks(self, sequence: Sequence) -> None:
+        self.cache.pool.release(reversed(sequence.blocks))
+        sequence.blocks = []
+
+    def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
+        start = sequence.computed
+        samples: Iterable[SamplingInput] = ()
+        if num_tokens == sequence.remaining:
+            params = sequence.request.params
+            banned = frozenset[int]()
+            if sequence.output_len < params.min_tokens:
+                banned = params.stop_token_ids | self._stop_tokens
+            choices = range(sequence.choice, sequence.choice + 1 + sequence.forks)
+            tokens = sequence.tokens
+            samples = (SamplingInput(params, tokens, sequence.prompt_len, choice, banned) for choice in choices)
+        return Chunk(sequence.tokens[start : start + num_tokens], start, list(sequence.blocks), tuple(samples))
+
+
+def _rank(sequence: Sequence) -> tuple[int, int, int]:
+    return sequence.rank

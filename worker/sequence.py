@@ -1,0 +1,112 @@
+"""One answer in the making: its tokens, its blocks, how far it is computed. Torch-free."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from radix.hashing import BlockHasher
+from radix.keys import KEY_BYTES, BlockKeys
+from worker.plan import SamplingParams
+from worker.prefix_cache import ROOT_KEY, CachedBlock
+
+
+@dataclass(frozen=True, slots=True)
+class EngineRequest:
+    """A validated request: what the engine accepts."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    hasher: BlockHasher
+    keys: BlockKeys  # of the prompt's full blocks
+    priority: int = 0
+    bypass_prefix_cache: bool = False
+
+
+@dataclass(slots=True, eq=False)
+class Sequence:
+    """A sequence waits, runs or has ended; only the scheduler moves it and touches its blocks."""
+
+    request: EngineRequest
+    arrival: int
+    choice: int = 0
+    forks: int = 0  # choices still to be split off when the prompt is through
+    tokens: list[int] = field(default_factory=list)  # prompt and output
+    computed: int = 0  # leading tokens whose KV is in the blocks
+    blocks: list[int] = field(default_factory=list)
+    listed: int = 0  # leading full blocks already offered to the prefix cache
+    cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
+    expected_cached: int = 0  # the same, estimated while waiting
+
+    _keys: list[bytes] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.tokens = list(self.request.token_ids)
+            data = np.ascontiguousarray(self.request.keys).tobytes()
+            self._keys = [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
+
+    @property
+    def prompt_len(self) -> int:
+        return len(self.request.token_ids)
+
+    @property
+    def output_len(self) -> int:
+        return len(self.tokens) - self.prompt_len
+
+    @property
+    def remaining(self) -> int:
+        """Tokens to compute before the next one can be sampled."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def prefill_outstanding(self) -> int:
+        """Prompt tokens still to be computed, as far as known."""
+        done = self.computed if self.blocks else max(self.computed, self.expected_cached)
+        return max(0, self.prompt_len - done)
+
+    @property
+    def rank(self) -> tuple[int, int, int]:
+        """Smaller goes first: priority, then arrival, then choice."""
+        return (self.request.priority, self.arrival, self.choice)
+
+    def reusable_keys(self) -> list[bytes]:
+        """Keys under which a prefix may be found. The last token is always computed: its logits are needed."""
+        if self.request.bypass_prefix_cache:
+            return []
+        limit = (len(self.tokens) - 1) // self.request.hasher.block_size
+        self._extend_keys(limit)
+        return self._keys[:limit]
+
+    def content(self, index: int) -> CachedBlock:
+        """What full block `index` of this sequence holds."""
+        self._extend_keys(index + 1)
+        size = self.request.hasher.block_size
+        parent_key = self._keys[index - 1] if index else ROOT_KEY
+        return CachedBlock(self._keys[index], parent_key, tuple(self.tokens[index * size : (index + 1) * size]))
+
+    def fork(self, choice: int) -> Sequence:
+        """Another choice over the same computed tokens and blocks (whose references the scheduler takes)."""
+        return Sequence(
+            request=self.request,
+            arrival=self.arrival,
+            choice=choice,
+            tokens=list(self.tokens),
+            computed=self.computed,
+            blocks=list(self.blocks),
+            listed=self.listed,
+            cached_tokens=self.cached_tokens,
+            _keys=list(self._keys),
+        )
+
+    def _extend_keys(self, blocks: int) -> None:
+        known = len(self._keys)
+        if blocks <= known:
+            return
+        hasher = self.request.hasher
+        parent = np.frombuffer(self._keys[-1], np.uint64) if self._keys else None
+        tokens = np.array(self.tokens[known * hasher.block_size : blocks * hasher.block_size], np.uint32)
+        data = hasher.keys(tokens, parent).tobytes()
+        self._keys += [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
