@@ -36,3 +36,10 @@ def keys_from_bytes(data: bytes) -> BlockKeys:
     if len(data) % KEY_BYTES:
         raise ValueError(f"block keys are {KEY_BYTES} bytes each, not {len(data)} in all")
     return np.frombuffer(data, dtype="<u8").reshape(-1, 2)
+
+
+def check_hashes(field: str, hashes: Hashes) -> None:
+    """Raise TypeError unless `hashes` is a 1-D uint64 array: lists are not taken, converting them costs too much."""
+    if not isinstance(hashes, np.ndarray) or hashes.dtype != np.uint64 or hashes.ndim != 1:
+        shown = f"{hashes.dtype} {hashes.shape}" if isinstance(hashes, np.ndarray) else type(hashes).__name__
+        raise TypeError(f"{field} is {shown}: a one-dimensional array of uint64 is needed")
