@@ -146,7 +146,7 @@ class Scheduler:
                 return
             cached = self._lookup(sequence)
             idle = sum(self.cache.pool.ref_count(block) == 0 for block in cached)
-            # Blocks for all of it, not for the first chunk alone: it shall not be preempted half-way through its prompt.
+            # Blocks for all of it, not for the first chunk alone: else it is preempted half-way through its prompt.
             missing = self._blocks_for(len(sequence.tokens)) - len(cached)
             if missing > self.cache.pool.available - idle - self._blocks_promised():
                 return

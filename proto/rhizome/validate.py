@@ -6,6 +6,9 @@ import math
 import re
 from collections.abc import Callable
 
+import numpy as np
+from numpy.typing import NDArray
+
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import generation_pb2 as pb
 
@@ -70,3 +73,11 @@ def check_sampling(params: pb.SamplingParams, *, vocab_size: int, prompt_tokens:
     at_most("stop_token_ids (ids)", len(params.stop_token_ids), MAX_STOP_TOKEN_IDS)
     for token in params.stop_token_ids:
         at_most("stop_token_ids", token, vocab_size - 1)
+
+
+def check_token_ids(token_ids: NDArray[np.uint32], vocab_size: int) -> None:
+    """Every token id, shape (tokens,), lies in the vocabulary."""
+    outside = np.flatnonzero(token_ids >= vocab_size)
+    if outside.size:
+        position = int(outside[0])
+        raise InvalidRequest(f"token_ids[{position}]", int(token_ids[position]), f"at most {vocab_size - 1}")

@@ -1,0 +1,94 @@
+"""The worker's side of the fleet: registers with a router and keeps the lease by heartbeats."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+
+import grpc
+
+from rhizome import rpc, ticket
+from rhizome.v1 import fleet_pb2, fleet_pb2_grpc
+from worker.engine_thread import EngineThread
+from worker.service import WorkerIdentity, status_message
+
+_log = logging.getLogger(__name__)
+
+RETRY_S = 0.5
+CALL_TIMEOUT_S = 5.0
+
+
+def registration(
+    identity: WorkerIdentity, thread: EngineThread, address: str, role: fleet_pb2.WorkerRole.ValueType
+) -> fleet_pb2.RegisterRequest:
+    """The signed registration of a worker that serves at `address`."""
+    config = thread.engine.config
+    request = fleet_pb2.RegisterRequest(
+        worker_id=identity.worker_id,
+        epoch=identity.epoch,
+        address=address,
+        role=role,
+        model=identity.model,
+        blocks_total=config.num_blocks,
+        max_running=config.max_running,
+        max_waiting=config.max_waiting,
+        max_batched_tokens=config.max_batched_tokens,
+    )
+    ticket.sign_registration(identity.secret, request)
+    return request
+
+
+class FleetMember:
+    """Membership in one router's fleet. `run` goes on until cancelled; the router may come and go meanwhile."""
+
+    def __init__(self, router: str, request: fleet_pb2.RegisterRequest, identity: WorkerIdentity, thread: EngineThread):
+        self._router = router
+        self._request = request
+        self._identity = identity
+        self._thread = thread
+
+    async def run(self) -> None:
+        """Register, then send heartbeats; register again whenever the router does not know this worker.
+
+        Raises grpc.aio.AioRpcError when the router refuses this worker for good (wrong proof, old epoch, model unlike
+        the fleet's).
+        """
+        async with grpc.aio.insecure_channel(self._router, options=rpc.CHANNEL_OPTIONS) as channel:
+            fleet = fleet_pb2_grpc.FleetStub(channel)
+            try:
+                while True:
+                    await self._stay(fleet)
+            finally:
+                await self._leave(fleet)
+
+    async def _stay(self, fleet: fleet_pb2_grpc.FleetAsyncStub) -> None:
+        """One lease: from registration until the router is gone or has forgotten us."""
+        try:
+            lease = await fleet.Register(self._request, timeout=CALL_TIMEOUT_S)
+            _log.info("registered with router %s", self._router)
+            position = 0
+            while True:
+                position, prefilled, finished = self._thread.engine.progress_since(position)
+                status = status_message(self._identity, self._thread.status)
+                status.prefilled_request_ids.extend(prefilled)
+                status.finished_request_ids.extend(finished)
+                await fleet.Heartbeat(fleet_pb2.HeartbeatRequest(status=status), timeout=CALL_TIMEOUT_S)
+                await asyncio.sleep(lease.heartbeat_interval_s)
+        except grpc.aio.AioRpcError as error:
+            retried = (
+                grpc.StatusCode.UNAVAILABLE,
+                grpc.StatusCode.NOT_FOUND,
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+            )
+            if error.code() not in retried:
+                raise
+            _log.info("router %s: %s; registering again", self._router, error.details())
+            await asyncio.sleep(RETRY_S)
+
+    async def _leave(self, fleet: fleet_pb2_grpc.FleetAsyncStub) -> None:
+        request = fleet_pb2.DeregisterRequest(worker_id=self._identity.worker_id, epoch=self._identity.epoch)
+        try:
+            await fleet.Deregister(request, timeout=1.0)
+        except grpc.aio.AioRpcError as error:
+            _log.debug("router %s: %s", self._router, error.details())

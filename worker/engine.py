@@ -1,0 +1,257 @@
+"""The step loop: schedule, run, commit. Synchronous and torch-free: whatever runs a StepPlan can drive it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from kv_events.log import EventLog
+from rhizome.errors import Duplicate
+from worker.answer import Answer, FinishReason, TextDecoder
+from worker.plan import ModelRunner, SampledToken
+from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
+from worker.sequence import EngineRequest, Sequence
+
+PROGRESS_KEPT = 4096  # first tokens and endings remembered for status reports
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """What one step added to one choice of a request."""
+
+    request_id: str
+    choice: int
+    token: SampledToken
+    text: str
+    finish_reason: FinishReason | None
+    prompt_tokens: int
+    cached_tokens: int
+    completion_tokens: int  # of the request, over all choices
+    request_finished: bool  # this was the last choice's last token
+
+
+@dataclass(slots=True)
+class StepTimes:
+    """Since the start. A step that holds any prefill counts as prefill, the others as decode."""
+
+    prefill_steps: int = 0
+    prefill_tokens: int = 0
+    prefill_s: float = 0.0
+    decode_steps: int = 0
+    decode_tokens: int = 0
+    decode_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStatus:
+    """A worker's load, as it reports it."""
+
+    running: int
+    waiting: int
+    blocks_total: int
+    blocks_in_use: int
+    blocks_cached: int
+    prefill_tokens_outstanding: int
+    times: StepTimes
+    preemptions: int
+    prompt_tokens: int
+    cached_prompt_tokens: int
+
+
+@dataclass(slots=True)
+class _Request:
+    """A request's choices that have not ended."""
+
+    answers: dict[int, tuple[Sequence, Answer]] = field(default_factory=dict)
+    completion_tokens: int = 0
+
+
+class Engine:
+    """Requests in, outputs out, one step at a time; cache changes go to the event log as they happen."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        runner: ModelRunner,
+        event_log: EventLog,
+        *,
+        new_decoder: Callable[[], TextDecoder],
+        eos_token_ids: frozenset[int],
+        clock: Callable[[], float],
+        wall_clock: Callable[[], float],
+        validate: bool = False,
+    ) -> None:
+        """`clock` measures steps, `wall_clock` dates event batches for display. `validate` checks every invariant
+        after each step.
+        """
+        self.config = config
+        self.scheduler = Scheduler(config, eos_token_ids)
+        self.event_log = event_log
+        self._runner = runner
+        self._new_decoder = new_decoder
+        self._eos_token_ids = eos_token_ids
+        self._clock = clock
+        self._wall_clock = wall_clock
+        self._validate = validate
+        self._requests: dict[str, _Request] = {}
+        self._arrivals = 0
+        self._times = StepTimes()
+        self._progress: deque[tuple[int, str, bool]] = deque(maxlen=PROGRESS_KEPT)  # (position, request id, ended)
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._requests)
+
+    def add(self, request: EngineRequest) -> None:
+        """Accept a request. Raises Duplicate, Overloaded or InvalidRequest; then nothing of it remains."""
+        if request.request_id in self._requests:
+            raise Duplicate(f"request {request.request_id} is in flight already")
+        sequence = Sequence(request, self._arrivals, forks=request.params.n - 1)
+        self.scheduler.add(sequence)
+        self._arrivals += 1
+        state = _Request()
+        for choice in range(request.params.n):
+            state.answers[choice] = (sequence, self._new_answer(request))
+        self._requests[request.request_id] = state
+
+    def cancel(self, request_id: str) -> None:
+        """Forget a request, wherever it stands, and free its blocks. An unknown one is ignored."""
+        state = self._requests.pop(request_id, None)
+        if state is None:
+            return
+        for sequence, _ in state.answers.values():
+            self.scheduler.remove(sequence)
+        self._note(request_id, ended=True)
+        self._check()
+
+    def clear_cache(self) -> int:
+        """Forget every cached block; running requests keep theirs, unlisted. Returns how many were forgotten."""
+        forgotten = self.scheduler.cache.clear()
+        self._publish()
+        return forgotten
+
+    def step(self) -> list[Output]:
+        """One step: schedule, run, commit. Empty when there was nothing to do."""
+        started = self._clock()
+        step = self.scheduler.schedule()
+        # Published before the step overwrites evicted blocks: nobody is sent here for what is about to go.
+        self._publish()
+        if not step:
+            return []
+        sampled = self._runner.run(self.scheduler.plan(step))
+        outputs = self._commit(step, sampled)
+        self._publish()
+        self._count(step, self._clock() - started)
+        self._check()
+        return outputs
+
+    def abort_all(self) -> list[str]:
+        """After a failed step nothing computed can be trusted: forget all requests and all cached blocks."""
+        aborted = list(self._requests)
+        for request_id in aborted:
+            self.cancel(request_id)
+        self.clear_cache()
+        return aborted
+
+    def status(self) -> EngineStatus:
+        pool = self.scheduler.cache.pool
+        sequences = (*self.scheduler.running, *self.scheduler.waiting)
+        return EngineStatus(
+            running=len(self.scheduler.running),
+            waiting=len(self.scheduler.waiting),
+            blocks_total=pool.num_blocks,
+            blocks_in_use=pool.in_use,
+            blocks_cached=pool.idle,
+            prefill_tokens_outstanding=sum(sequence.prefill_outstanding for sequence in sequences),
+            times=StepTimes(**{name: getattr(self._times, name) for name in StepTimes.__slots__}),
+            preemptions=self.scheduler.preemptions,
+            prompt_tokens=self.scheduler.prompt_tokens,
+            cached_prompt_tokens=self.scheduler.cached_prompt_tokens,
+        )
+
+    def progress_since(self, position: int) -> tuple[int, list[str], list[str]]:
+        """Request ids that got their first token, and that ended, from `position` on; and the next position.
+
+        May be called from another thread than `step`: the copy below is one operation.
+        """
+        entries = [entry for entry in list(self._progress) if entry[0] >= position]
+        prefilled = [request_id for _, request_id, ended in entries if not ended]
+        finished = [request_id for _, request_id, ended in entries if ended]
+        return (entries[-1][0] + 1 if entries else position), prefilled, finished
+
+    def _new_answer(self, request: EngineRequest) -> Answer:
+        room = self.config.max_model_len - len(request.token_ids)
+        max_tokens = min(request.params.max_tokens, room)
+        return Answer(request.params, self._new_decoder(), self._eos_token_ids, max_tokens)
+
+    def _commit(self, step: list[Scheduled], sampled: list[list[SampledToken]]) -> list[Output]:
+        outputs: list[Output] = []
+        for entry, tokens in zip(step, sampled, strict=True):
+            self.scheduler.computed(entry)
+            if tokens:
+                sequence = entry.sequence
+                if sequence.output_len == 0:
+                    self._note(sequence.request.request_id, ended=False)
+                for branch, token in zip(self._branches(sequence), tokens, strict=True):
+                    outputs.append(self._append(branch, token))
+        return outputs
+
+    def _branches(self, sequence: Sequence) -> list[Sequence]:
+        """The sequence itself, and its forks where the prompt has just come through."""
+        forks = [self.scheduler.fork(sequence, sequence.choice + 1 + i) for i in range(sequence.forks)]
+        sequence.forks = 0
+        state = self._requests[sequence.request.request_id]
+        for fork in forks:
+            state.answers[fork.choice] = (fork, state.answers[fork.choice][1])
+        return [sequence, *forks]
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> Output:
+        request_id = sequence.request.request_id
+        state = self._requests[request_id]
+        sequence.tokens.append(token.token_id)
+        state.completion_tokens += 1
+        text, finish_reason = state.answers[sequence.choice][1].push(token.token_id)
+        if finish_reason is not None:
+            self.scheduler.remove(sequence)
+            del state.answers[sequence.choice]
+            if not state.answers:
+                del self._requests[request_id]
+                self._note(request_id, ended=True)
+        return Output(
+            request_id=request_id,
+            choice=sequence.choice,
+            token=token,
+            text=text,
+            finish_reason=finish_reason,
+            prompt_tokens=sequence.prompt_len,
+            cached_tokens=sequence.cached_tokens or 0,
+            completion_tokens=state.completion_tokens,
+            request_finished=not state.answers,
+        )
+
+    def _publish(self) -> None:
+        events = self.scheduler.cache.take_events()
+        if events:
+            self.event_log.append(events, self._wall_clock())
+
+    def _count(self, step: list[Scheduled], seconds: float) -> None:
+        # The token that a decode computes is the last of its sequence and an output token.
+        prefill = sum(entry.num_tokens for entry in step if entry.num_tokens > 1)
+        if prefill:
+            self._times.prefill_steps += 1
+            self._times.prefill_tokens += prefill
+            self._times.prefill_s += seconds
+        else:
+            self._times.decode_steps += 1
+            self._times.decode_tokens += len(step)
+            self._times.decode_s += seconds
+
+    def _note(self, request_id: str, *, ended: bool) -> None:
+        position = self._progress[-1][0] + 1 if self._progress else 0
+        self._progress.append((position, request_id, ended))
+
+    def _check(self) -> None:
+        if self._validate:
+            self.scheduler.check()
+            assert len(self.scheduler.cache) == self.event_log.count, "the log does not hold what the cache holds"

@@ -1,0 +1,115 @@
+"""Runs an engine on a thread of its own; everybody else talks to it through a queue. Knows neither asyncio nor gRPC."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import TypeAlias, TypeVar
+
+from rhizome.errors import RhizomeError, Unavailable
+from worker.engine import Engine, EngineStatus, Output
+from worker.sequence import EngineRequest
+
+_log = logging.getLogger(__name__)
+_T = TypeVar("_T")
+
+Listener: TypeAlias = Callable[[Output | RhizomeError], None]
+"""Called on the engine's thread; must return at once. An error is the last thing that it is told."""
+
+
+class EngineThread:
+    """Commands are taken between steps, so the engine itself needs no lock.
+
+    What waits in the command queue is bounded by the callers: each has at most its own request there.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.status: EngineStatus = engine.status()  # as of the last step; replaced, never changed
+        self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._listeners: dict[str, Listener] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End after the current step; requests in flight are told that the worker stops."""
+        self._commands.put(self._stop)
+        self._thread.join()
+
+    def submit(self, request: EngineRequest, listener: Listener) -> None:
+        """Hand a request over. A refusal reaches the listener as its error."""
+        self._commands.put(lambda: self._add(request, listener))
+
+    def cancel(self, request_id: str, listener: Listener) -> None:
+        """Forget the request that `listener` listens to; one that has ended is ignored."""
+        self._commands.put(lambda: self._cancel(request_id, listener))
+
+    def call(self, function: Callable[[], _T]) -> Future[_T]:
+        """Run something between two steps."""
+        future: Future[_T] = Future()
+
+        def run() -> None:
+            try:
+                future.set_result(function())
+            except Exception as error:
+                future.set_exception(error)
+
+        self._commands.put(run)
+        return future
+
+    def _loop(self) -> None:
+        while not self._stopping:
+            self._take_commands()
+            if self.engine.has_work and not self._stopping:
+                self._step()
+            self.status = self.engine.status()
+
+    def _take_commands(self) -> None:
+        """All that wait; blocks for one when the engine has nothing to do."""
+        block = not self.engine.has_work
+        while True:
+            try:
+                command = self._commands.get(block=block)
+            except queue.Empty:
+                return
+            command()
+            block = False
+
+    def _step(self) -> None:
+        try:
+            outputs = self.engine.step()
+        except Exception as error:
+            _log.exception("an engine step failed; all requests in flight are ended and the cache is cleared")
+            for request_id in self.engine.abort_all():
+                self._tell(request_id, RhizomeError(f"the engine failed: {error}"), last=True)
+            return
+        for output in outputs:
+            self._tell(output.request_id, output, last=output.request_finished)
+
+    def _tell(self, request_id: str, item: Output | RhizomeError, *, last: bool) -> None:
+        listener = self._listeners.pop(request_id) if last else self._listeners[request_id]
+        listener(item)
+
+    def _add(self, request: EngineRequest, listener: Listener) -> None:
+        try:
+            self.engine.add(request)
+        except RhizomeError as error:
+            listener(error)
+            return
+        self._listeners[request.request_id] = listener
+
+    def _cancel(self, request_id: str, listener: Listener) -> None:
+        if self._listeners.get(request_id) is listener:
+            del self._listeners[request_id]
+            self.engine.cancel(request_id)
+
+    def _stop(self) -> None:
+        self._stopping = True
+        for request_id in self.engine.abort_all():
+            self._tell(request_id, Unavailable("the worker stops"), last=True)

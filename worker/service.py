@@ -1,0 +1,213 @@
+"""The worker's gRPC server: Worker and KvEvents over one engine."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import numpy as np
+
+from kv_events.bus.grpc import KvEventsService
+from radix.hashing import BlockHasher, derive_salt
+from radix.keys import keys_from_bytes
+from rhizome import rpc, ticket, validate
+from rhizome.errors import InvalidRequest, NotServed, RhizomeError
+from rhizome.v1 import fleet_pb2, generation_pb2, worker_pb2, worker_pb2_grpc
+from worker.answer import FinishReason
+from worker.engine import EngineStatus, Output
+from worker.engine_thread import EngineThread
+from worker.plan import SamplingParams
+from worker.sequence import EngineRequest
+
+FILE_CHUNK_BYTES = 2**20
+SALT_BYTES = 32
+
+_FINISH_REASONS = {
+    FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: generation_pb2.FINISH_REASON_LENGTH,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerIdentity:
+    """Who this worker is, and what it serves."""
+
+    worker_id: str
+    epoch: int
+    model: fleet_pb2.ModelCard
+    tokenizer_files: dict[str, bytes]
+    secret: bytes = b""
+
+
+class WorkerService(worker_pb2_grpc.WorkerServicer):
+    """Requests to the engine's thread, its outputs back as chunks."""
+
+    def __init__(self, identity: WorkerIdentity, thread: EngineThread, wall_ms: Callable[[], int]) -> None:
+        self._identity = identity
+        self._thread = thread
+        self._wall_ms = wall_ms
+        self._own_hasher = BlockHasher(identity.model.block_size, derive_salt(identity.model.name))
+
+    async def Generate(
+        self, request: worker_pb2.WorkerGenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[generation_pb2.GenerateChunk]:
+        try:
+            engine_request = self._parse(request)
+        except RhizomeError as error:
+            await rpc.abort(context, error)
+        outputs: asyncio.Queue[Output | RhizomeError] = asyncio.Queue()  # bounded by the request's max_tokens
+        loop = asyncio.get_running_loop()
+
+        def listener(item: Output | RhizomeError) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(outputs.put_nowait, item)
+
+        self._thread.submit(engine_request, listener)
+        try:
+            first = True
+            while True:
+                output = await outputs.get()
+                if isinstance(output, RhizomeError):
+                    await rpc.abort(context, output)
+                yield self._chunk(output, first=first)
+                first = False
+                if output.request_finished:
+                    return
+        finally:
+            # A client that went away, or its deadline: the blocks are free before the next step.
+            self._thread.cancel(engine_request.request_id, listener)
+
+    async def GetStatus(
+        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.WorkerStatus:
+        return status_message(self._identity, self._thread.status)
+
+    async def GetTokenizer(
+        self, request: worker_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> AsyncIterator[worker_pb2.FileChunk]:
+        for name, data in sorted(self._identity.tokenizer_files.items()):
+            for at in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
+                yield worker_pb2.FileChunk(name=name, data=data[at : at + FILE_CHUNK_BYTES])
+
+    async def ClearCache(
+        self, request: worker_pb2.ClearCacheRequest, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> worker_pb2.ClearCacheResponse:
+        blocks = await asyncio.wrap_future(self._thread.call(self._thread.engine.clear_cache))
+        return worker_pb2.ClearCacheResponse(blocks=blocks)
+
+    def _parse(self, request: worker_pb2.WorkerGenerateRequest) -> EngineRequest:
+        """Check everything, then build the engine's request."""
+        model = self._identity.model
+        validate.check_request_id(request.request_id)
+        if request.model not in ("", model.name):
+            raise NotServed(f"model {request.model!r} is not served here; {model.name!r} is")
+        if len(request.token_ids) % 4:
+            raise InvalidRequest("token_ids", len(request.token_ids), "bytes: 4 for each token")
+        prompt_tokens = len(request.token_ids) // 4
+        validate.check_prompt_length(prompt_tokens, model.max_model_len)
+        tokens = np.frombuffer(request.token_ids, "<u4")
+        validate.check_token_ids(tokens, model.vocab_size)
+        sampling = request.sampling
+        validate.check_sampling(
+            sampling, vocab_size=model.vocab_size, prompt_tokens=prompt_tokens, max_model_len=model.max_model_len
+        )
+        hasher, keys = self._own_hasher, None
+        identity = self._identity
+        if ticket.has_valid_ticket(identity.secret, request, identity.worker_id, identity.epoch, self._wall_ms()):
+            if len(request.salt) != SALT_BYTES:
+                raise InvalidRequest("salt", len(request.salt), f"{SALT_BYTES} bytes")
+            full_blocks = prompt_tokens // model.block_size
+            if len(request.block_keys) != 16 * full_blocks:
+                raise InvalidRequest(
+                    "block_keys", len(request.block_keys), f"bytes: 16 for each of {full_blocks} blocks"
+                )
+            hasher, keys = BlockHasher(model.block_size, request.salt), keys_from_bytes(request.block_keys)
+        return EngineRequest(
+            request_id=request.request_id or uuid.uuid4().hex,
+            token_ids=tokens.tolist(),
+            params=_sampling_params(sampling, model.max_model_len - prompt_tokens),
+            hasher=hasher,
+            keys=hasher.keys(tokens) if keys is None else keys,
+            priority=request.priority,
+            bypass_prefix_cache=request.bypass_prefix_cache,
+        )
+
+    def _chunk(self, output: Output, *, first: bool) -> generation_pb2.GenerateChunk:
+        chunk = generation_pb2.GenerateChunk(index=output.choice, token_ids=[output.token.token_id], text=output.text)
+        if output.token.logprob is not None:
+            logprob = chunk.logprobs.add(token_id=output.token.token_id, logprob=output.token.logprob)
+            for token_id, value in output.token.top:
+                logprob.top.add(token_id=token_id, logprob=value)
+        if first:
+            chunk.worker_id = self._identity.worker_id
+        if output.finish_reason is not None:
+            chunk.finish_reason = _FINISH_REASONS[output.finish_reason]
+        if first or output.finish_reason is not None:
+            chunk.usage.prompt_tokens = output.prompt_tokens
+            chunk.usage.cached_tokens = output.cached_tokens
+            chunk.usage.completion_tokens = output.completion_tokens
+        return chunk
+
+
+def _sampling_params(sampling: generation_pb2.SamplingParams, room: int) -> SamplingParams:
+    """A checked message in the engine's words. Without a seed a random one is drawn."""
+    return SamplingParams(
+        max_tokens=sampling.max_tokens or room,
+        temperature=sampling.temperature if sampling.HasField("temperature") else 1.0,
+        top_k=sampling.top_k,
+        top_p=sampling.top_p if sampling.HasField("top_p") else 1.0,
+        min_p=sampling.min_p,
+        seed=sampling.seed if sampling.HasField("seed") else secrets.randbits(64),
+        min_tokens=sampling.min_tokens,
+        stop=tuple(sampling.stop),
+        stop_token_ids=frozenset(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        repetition_penalty=sampling.repetition_penalty if sampling.HasField("repetition_penalty") else 1.0,
+        presence_penalty=sampling.presence_penalty,
+        frequency_penalty=sampling.frequency_penalty,
+        logprobs=sampling.logprobs if sampling.HasField("logprobs") else None,
+        n=sampling.n or 1,
+    )
+
+
+def status_message(identity: WorkerIdentity, status: EngineStatus) -> worker_pb2.WorkerStatus:
+    """An engine's status as it goes over the wire."""
+    times = status.times
+    return worker_pb2.WorkerStatus(
+        worker_id=identity.worker_id,
+        epoch=identity.epoch,
+        running=status.running,
+        waiting=status.waiting,
+        blocks_total=status.blocks_total,
+        blocks_in_use=status.blocks_in_use,
+        blocks_cached=status.blocks_cached,
+        prefill_tokens_outstanding=status.prefill_tokens_outstanding,
+        prefill_steps=times.prefill_steps,
+        prefill_tokens=times.prefill_tokens,
+        prefill_s=times.prefill_s,
+        decode_steps=times.decode_steps,
+        decode_tokens=times.decode_tokens,
+        decode_s=times.decode_s,
+        preemptions=status.preemptions,
+        prompt_tokens=status.prompt_tokens,
+        cached_prompt_tokens=status.cached_prompt_tokens,
+    )
+
+
+@asynccontextmanager
+async def running_server(identity: WorkerIdentity, thread: EngineThread, host: str, port: int) -> AsyncIterator[str]:
+    """Serve the engine behind `thread`; yields the bound address."""
+    server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
+    service = WorkerService(identity, thread, wall_ms=lambda: int(time.time() * 1000))
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    events = KvEventsService(thread.engine.event_log)
+    worker_pb2_grpc.add_KvEventsServicer_to_server(events, server)  # type: ignore[no-untyped-call]
+    async with rpc.serving(server, host, port, ("rhizome.v1.Worker", "rhizome.v1.KvEvents")) as address:
+        yield address
