@@ -1,0 +1,170 @@
+"""The `rhizome` command. Bad input ends with exit code 2 and one line; a run that fails with 1."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import grpc
+import typer
+
+from rhizome.errors import RhizomeError
+
+app = typer.Typer(
+    help="KV-aware routing and prefix-cache service for LLM inference.", no_args_is_help=True, add_completion=True
+)
+model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
+app.add_typer(model_app, name="model")
+
+ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
+RouterAddress = Annotated[str, typer.Option("--router", help="host:port of a router")]
+Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
+Insecure = Annotated[bool, typer.Option("--insecure", help="serve off-host in the clear")]
+
+
+@app.callback()
+def _configure(
+    log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
+) -> None:
+    level = logging.getLevelNamesMapping().get(log_level.upper())
+    if level is None:
+        raise typer.BadParameter("one of debug, info, warning, error", param_hint="--log-level")
+    logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+
+
+@app.command()
+def up(
+    model: Annotated[
+        Path | None, typer.Option("--model", help="folder of a checkpoint [default: a tiny one, made now]")
+    ] = None,
+    workers: Annotated[int, typer.Option(min=1, max=64, help="engine workers")] = 2,
+    port: Annotated[int, typer.Option(min=0, max=65535, help="the router's port; 0 takes a free one")] = 7700,
+) -> None:
+    """Start a cluster on this machine: a router and its workers. Ctrl-C ends all of it."""
+    from deploy.local import run_cluster
+
+    asyncio.run(run_cluster(model, workers, port))
+
+
+@app.command()
+def router(
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 7700,
+    policy: Annotated[str, typer.Option(help="predicted-ttft or round-robin")] = "predicted-ttft",
+    insecure: Insecure = False,
+    supervised: Supervised = False,
+) -> None:
+    """Start a router. Workers join it by themselves: rhizome worker --router HOST:PORT."""
+    from deploy.processes import serve_until_stopped
+    from rhizome.ticket import fleet_secret
+    from router.service import running_router
+
+    serving = running_router(host, port, policy=policy, secret=fleet_secret(), insecure=insecure)
+    asyncio.run(serve_until_stopped(serving, supervised=supervised))
+
+
+@app.command()
+def worker(
+    model: ModelDir,
+    worker_id: Annotated[str, typer.Option("--id", help="unique in the fleet; keep it over restarts")] = "worker-0",
+    routers: Annotated[list[str], typer.Option("--router", help="host:port of a router to join; may be repeated")] = [],  # noqa: B006
+    host: str = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
+    role: Annotated[str, typer.Option(help="both, prefill or decode")] = "both",
+    model_name: Annotated[str | None, typer.Option(help="as clients call it [default: the folder's name]")] = None,
+    block_size: Annotated[int, typer.Option(help="tokens in a KV block")] = 16,
+    kv_cache_mib: Annotated[int, typer.Option(help="memory for KV blocks, MiB")] = 256,
+    max_model_len: Annotated[int | None, typer.Option(help="tokens of a request [default: the model's]")] = None,
+    max_batched_tokens: Annotated[int, typer.Option(help="token budget of an engine step")] = 512,
+    max_running: Annotated[int, typer.Option(help="sequences that run at once")] = 64,
+    max_waiting: Annotated[int, typer.Option(help="requests that may wait")] = 256,
+    threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores]")] = None,
+    insecure: Insecure = False,
+    supervised: Supervised = False,
+) -> None:
+    """Start an engine worker that serves one model."""
+    from deploy.processes import WorkerSettings, running_worker, serve_until_stopped
+
+    settings = WorkerSettings(
+        model_dir=model,
+        worker_id=worker_id,
+        routers=tuple(routers),
+        host=host,
+        port=port,
+        role=role,
+        model_name=model_name,
+        block_size=block_size,
+        kv_cache_mib=kv_cache_mib,
+        max_model_len=max_model_len,
+        max_batched_tokens=max_batched_tokens,
+        max_running=max_running,
+        max_waiting=max_waiting,
+        threads=threads,
+        insecure=insecure,
+    )
+    asyncio.run(serve_until_stopped(running_worker(settings), supervised=supervised))
+
+
+@app.command()
+def chat(
+    router: RouterAddress = "127.0.0.1:7700",
+    system: Annotated[str, typer.Option(help="system prompt")] = "You are a helpful assistant.",
+    max_tokens: Annotated[int, typer.Option(min=1, help="longest answer, tokens")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, max=100)] = 0.0,
+) -> None:
+    """Chat over several turns; each answer shows its worker, prompt tokens, cached tokens and TTFT."""
+    from deploy.chat import run_chat
+
+    asyncio.run(run_chat(router, system, max_tokens, temperature))
+
+
+@app.command()
+def demo(
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
+    workers: Annotated[int, typer.Option(min=1, max=16)] = 2,
+    sessions: Annotated[int, typer.Option(min=1, max=64, help="concurrent conversations")] = 6,
+    turns: Annotated[int, typer.Option(min=2, max=20, help="turns of each")] = 5,
+) -> None:
+    """Play multi-turn conversations on an embedded cluster, KV-aware, round-robin and without a cache."""
+    from deploy.demo import run_demo
+
+    sys.exit(asyncio.run(run_demo(workers=workers, sessions=sessions, turns=turns, json_output=json_output)))
+
+
+@model_app.command()
+def tiny(
+    out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist or be empty")],
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+) -> None:
+    """Make a small randomly initialised Llama checkpoint with a byte-level tokenizer and a chat template."""
+    from rhizome.errors import InvalidRequest
+    from worker.tiny_model import make_tiny_model
+
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise InvalidRequest("--out", str(out), "a folder that does not exist or is empty")
+    make_tiny_model(out, seed=seed)
+    typer.echo(f"{out}: a Llama checkpoint; serve it with: rhizome up --model {out}")
+
+
+def main() -> None:
+    """Entry point: errors that a person can mend become one line."""
+    try:
+        app()
+    except RhizomeError as error:
+        sys.exit(_fail(str(error), 2))
+    except grpc.aio.AioRpcError as error:
+        sys.exit(_fail(f"{error.code().name}: {error.details()}", 1))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"rhizome: {message}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,192 @@
+"""The embedded cluster: a router and its workers as processes on loopback, watched and restarted."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import signal
+import sys
+import tempfile
+from asyncio.subprocess import PIPE, Process
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+
+from rhizome.errors import Unavailable
+from rhizome.ticket import SECRET_VARIABLE
+
+_log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 120.0  # loading a checkpoint included
+STOP_TIMEOUT_S = 10.0
+FIRST_RESTART_DELAY_S = 0.2
+LONGEST_RESTART_DELAY_S = 10.0
+
+
+@dataclass(slots=True)
+class Child:
+    """One process of the cluster, and how to start it again."""
+
+    name: str
+    arguments: list[str]
+    process: Process | None = None
+    address: str = ""
+    restarts: int = 0
+    ready: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def pid(self) -> int:
+        assert self.process is not None
+        return self.process.pid
+
+
+class LocalCluster:
+    """`async with LocalCluster(model) as cluster:` leaves nothing running, however it ends.
+
+    Children hold the read end of a pipe whose write end is ours: when this process dies, even by SIGKILL, they see
+    the end of the pipe and stop.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        workers: int = 2,
+        *,
+        port: int = 0,
+        worker_arguments: Sequence[str] = (),
+        on_event: Callable[[str], None] = _log.info,
+    ) -> None:
+        """`port` is the router's (0: a free one). `on_event` is told, in words, of starts, deaths and restarts."""
+        self._model_dir = model_dir
+        self._worker_arguments = list(worker_arguments)
+        self._on_event = on_event
+        cores = os.cpu_count() or 1
+        threads = max(1, cores // workers)
+        self._environment = os.environ | {
+            SECRET_VARIABLE: os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32),
+            "OMP_NUM_THREADS": str(threads),
+        }
+        self._threads = threads
+        self._tasks: list[asyncio.Task[None]] = []
+        self.router = Child("router", ["router", "--port", str(port)])
+        self.workers = [Child(f"worker-{index}", []) for index in range(workers)]
+
+    @property
+    def address(self) -> str:
+        """The router's host:port."""
+        return self.router.address
+
+    async def __aenter__(self) -> LocalCluster:
+        try:
+            await self._start(self.router)
+            for worker in self.workers:
+                worker.arguments = [
+                    *("worker", "--model", str(self._model_dir), "--id", worker.name),
+                    *("--router", self.address, "--threads", str(self._threads)),
+                    *self._worker_arguments,
+                ]
+            # A router that restarts keeps its port, so that workers and clients find it again.
+            self.router.arguments = ["router", "--port", self.address.rpartition(":")[2]]
+            await asyncio.gather(*(self._start(worker) for worker in self.workers))
+        except BaseException:
+            await self.stop()
+            raise
+        self._tasks = [asyncio.create_task(self._watch(child)) for child in (self.router, *self.workers)]
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def stop(self) -> None:
+        """End every process: workers first, so that they can take their leave; by force after a grace."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        self._tasks = []
+        await asyncio.gather(*(_end(worker) for worker in self.workers))
+        await _end(self.router)
+
+    async def _start(self, child: Child) -> None:
+        """Start a child and wait until it serves. Raises Unavailable when it ends before."""
+        child.ready.clear()
+        command = (sys.executable, "-m", "deploy.cli", *child.arguments, "--supervised")
+        # A session of its own: Ctrl-C reaches this process alone, which then ends the children in order.
+        child.process = await asyncio.create_subprocess_exec(
+            *command, stdin=PIPE, stdout=PIPE, env=self._environment, start_new_session=True
+        )
+        assert child.process.stdout is not None
+        try:
+            line = await asyncio.wait_for(child.process.stdout.readline(), READY_TIMEOUT_S)
+        except TimeoutError:
+            line = b""
+        if not line:
+            await _end(child)
+            raise Unavailable(
+                f"{child.name} did not start (exit code {child.process.returncode}); its own words are above"
+            )
+        child.address = str(json.loads(line)["address"])
+        child.ready.set()
+        self._on_event(f"{child.name} serves on {child.address} (pid {child.pid})")
+
+    async def _watch(self, child: Child) -> None:
+        """Start a child again whenever it ends; one that keeps dying is tried ever more rarely."""
+        delay_s = FIRST_RESTART_DELAY_S
+        while True:
+            assert child.process is not None
+            code = await child.process.wait()
+            self._on_event(f"{child.name} ended (exit code {code}); restarting it")
+            child.restarts += 1
+            while True:
+                await asyncio.sleep(delay_s)
+                try:
+                    await self._start(child)
+                except Unavailable as error:
+                    delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
+                    self._on_event(str(error))
+                else:
+                    delay_s = FIRST_RESTART_DELAY_S
+                    break
+
+
+async def _end(child: Child) -> None:
+    process = child.process
+    if process is None:
+        return
+    if process.returncode is None:
+        process.terminate()
+        try:
+            await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
+        except TimeoutError:
+            process.kill()
+            await process.wait()
+    if process.stdin is not None:
+        process.stdin.close()
+
+
+async def run_cluster(model_dir: Path | None, workers: int, port: int) -> None:
+    """A cluster until Ctrl-C or SIGTERM. Without a checkpoint a tiny one is made for the time."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    with tempfile.TemporaryDirectory(prefix="rhizome-") as folder:
+        if model_dir is None:
+            # Making a checkpoint needs torch; a cluster of a given one does not.
+            from worker.tiny_model import make_tiny_model
+
+            model_dir = Path(folder) / "tiny"
+            make_tiny_model(model_dir)
+        async with LocalCluster(model_dir, workers, port=port, on_event=_say) as cluster:
+            _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
+            await stopped.wait()
+            _say("stopping")
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
