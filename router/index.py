@@ -1,0 +1,50 @@
+"""Who holds what: one prefix tree over the fleet, and for each worker the view that keeps its part in step."""
+
+from __future__ import annotations
+
+from heapq import heappop, heappush
+
+from kv_events.view import WorkerView
+from radix.keys import Hashes
+from radix.tree import make_tree
+
+
+class Index:
+    """Views by worker id. The tree knows workers as small numbers; those of dropped workers are used again."""
+
+    def __init__(self) -> None:
+        self.tree = make_tree()
+        self._views: dict[str, WorkerView] = {}
+        self._names: dict[int, str] = {}
+        self._free: list[int] = []
+
+    def add(self, worker_id: str) -> WorkerView:
+        """An empty view for a worker that has none."""
+        assert worker_id not in self._views
+        number = heappop(self._free) if self._free else len(self._names)
+        self._names[number] = worker_id
+        self._views[worker_id] = WorkerView(worker_id, number, self.tree)
+        return self._views[worker_id]
+
+    def drop(self, worker_id: str) -> None:
+        """Forget the worker and its blocks. Its view must not be fed any more."""
+        view = self._views.pop(worker_id, None)
+        if view is not None:
+            view.forget()
+            del self._names[view.worker_index]
+            heappush(self._free, view.worker_index)
+
+    def view(self, worker_id: str) -> WorkerView:
+        """The view of a worker that was added."""
+        return self._views[worker_id]
+
+    def match(self, hashes: Hashes) -> dict[str, int]:
+        """Worker id -> leading blocks of a prompt that it holds; those that hold none are left out."""
+        return {self._names[number]: depth for number, depth in self.tree.match(hashes).as_dict().items()}
+
+    def check(self, worker_ids: list[str]) -> None:
+        """Assert the invariants: a view for each worker, and no entry of anybody else."""
+        assert sorted(self._views) == sorted(worker_ids) == sorted(self._names.values())
+        assert sorted([*self._names, *self._free]) == list(range(len(self._names) + len(self._free)))
+        self.tree.check()
+        assert len(self.tree) == sum(self.tree.count(view.worker_index) for view in self._views.values())
