@@ -1,0 +1,62 @@
+"""The loop that keeps a consumer in step with a source, whatever happens between them."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from contextlib import aclosing
+from typing import NoReturn
+
+from kv_events.bus import EventConsumer, EventSource, Resync
+from kv_events.events import EventBatch
+from kv_events.wire import WireError
+from rhizome.errors import Conflict, Trimmed, Unavailable
+
+logger = logging.getLogger(__name__)
+
+
+class _OutOfStep(Exception):
+    """The consumer asks for a snapshot."""
+
+
+async def follow(
+    source: EventSource, consumer: EventConsumer, *, first_delay_s: float = 0.1, max_delay_s: float = 5.0
+) -> NoReturn:
+    """Feed `consumer` from `source` until cancelled: snapshot, subscribe, replay and reconnect as they are needed.
+
+    After a failure the next try comes at once, after further ones with a delay that doubles up to `max_delay_s`, less
+    up to a half at random so that many routers do not fall on a worker together. A batch that fits starts that anew.
+    """
+    failures = 0
+    needs_snapshot = consumer.position() == (0, 0)
+    while True:
+        try:
+            if needs_snapshot:
+                if not consumer.restore(await source.snapshot()):
+                    raise _OutOfStep("the snapshot is of an old epoch or does not verify")
+                needs_snapshot = False
+            async with aclosing(source.subscribe(*consumer.position())) as batches:
+                async for batch in batches:
+                    await _offer(source, consumer, batch)
+                    failures = 0
+            raise Unavailable("the worker ended its stream")
+        except Unavailable as error:
+            problem: Exception = error
+        except (Trimmed, Conflict, WireError, _OutOfStep) as error:
+            problem, needs_snapshot = error, True
+        failures += 1
+        logger.log(logging.INFO if failures == 1 else logging.DEBUG, "events: %r; trying again", problem)
+        if failures > 1:
+            delay_s = min(max_delay_s, first_delay_s * 2.0 ** min(failures - 2, 30))
+            await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+
+
+async def _offer(source: EventSource, consumer: EventConsumer, batch: EventBatch) -> None:
+    """Raises _OutOfStep when a replay does not do."""
+    needed = consumer.offer(batch)
+    if needed is Resync.REPLAY:
+        for missing in await source.replay(*consumer.position()):
+            needed = consumer.offer(missing)
+    if needed is not Resync.NONE:
+        raise _OutOfStep(f"batch {batch.seq} of epoch {batch.epoch} leaves the digests apart, or a gap")

@@ -1,0 +1,168 @@
+"""Events over gRPC: KvEventsService serves a worker's log, GrpcEventSource reads it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any
+
+import grpc
+import numpy as np
+
+from kv_events import wire
+from kv_events.bus.memory import tail
+from kv_events.events import EventBatch, Snapshot
+from kv_events.log import EventLog
+from radix.digest import DIGEST_BYTES
+from rhizome.errors import Conflict, RhizomeError, Trimmed, Unavailable
+from rhizome.rpc import CHANNEL_OPTIONS, abort
+from rhizome.v1 import worker_pb2 as pb
+from rhizome.v1.worker_pb2_grpc import KvEventsServicer, KvEventsStub
+
+SNAPSHOT_CHUNK_BLOCKS = 2**16  # 1 MiB
+MAX_SNAPSHOT_BLOCKS = 2**24  # 256 MiB; a GPU of 192 GB holds about 2^17 blocks of 16 tokens of a small model
+CALL_TIMEOUT_S = 30.0  # for a replay or a snapshot, whole
+
+_HASH_BYTES = 8
+
+
+class KvEventsService(KvEventsServicer):
+    """rhizome.v1.KvEvents over a log, for a grpc.aio server. `log.close()` ends subscriptions."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    # Coroutines that write, not generators: a cancelled call then unsubscribes at once.
+    async def Subscribe(  # type: ignore[override]
+        self, request: pb.SubscribeRequest, context: grpc.aio.ServicerContext[pb.SubscribeRequest, pb.EventFrame]
+    ) -> None:
+        try:
+            async with aclosing(tail(self._log, request.epoch, request.from_seq)) as entries:
+                async for entry in entries:
+                    await context.write(pb.EventFrame(seq=entry.batch.seq, payload=entry.payload))
+        except RhizomeError as error:
+            await abort(context, error)
+
+    async def Replay(  # type: ignore[override]
+        self, request: pb.ReplayRequest, context: grpc.aio.ServicerContext[pb.ReplayRequest, pb.EventFrame]
+    ) -> None:
+        try:
+            self._log.check_epoch(request.epoch)
+            seq, end = request.from_seq, max(request.from_seq, self._log.next_seq)
+            entries = self._log.read(seq, 1)
+            while entries and seq < end:
+                await context.write(pb.EventFrame(seq=seq, payload=entries[0].payload))
+                seq += 1
+                entries = self._log.read(seq, 1)
+        except RhizomeError as error:
+            await abort(context, error)
+
+    async def Snapshot(  # type: ignore[override]
+        self, request: pb.SnapshotRequest, context: grpc.aio.ServicerContext[pb.SnapshotRequest, pb.SnapshotChunk]
+    ) -> None:
+        snapshot = await asyncio.to_thread(self._log.snapshot)  # sorting many blocks takes a while
+        for chunk in _chunks(snapshot):
+            await context.write(chunk)
+
+
+def _chunks(snapshot: Snapshot) -> Iterator[pb.SnapshotChunk]:
+    """At least one chunk, so that an empty snapshot says so."""
+    total = len(snapshot.block_hashes)
+    for start in range(0, max(1, total), SNAPSHOT_CHUNK_BLOCKS):
+        part = slice(start, start + SNAPSHOT_CHUNK_BLOCKS)
+        yield pb.SnapshotChunk(
+            worker_id=snapshot.worker,
+            epoch=snapshot.epoch,
+            next_seq=snapshot.next_seq,
+            digest=snapshot.digest,
+            total_blocks=total,
+            block_size=snapshot.block_size,
+            block_hashes=snapshot.block_hashes[part].astype("<u8", copy=False).tobytes(),
+            parent_hashes=snapshot.parent_hashes[part].astype("<u8", copy=False).tobytes(),
+        )
+
+
+class GrpcEventSource:
+    """An EventSource over a worker's KvEvents service. See kv_events.bus.EventSource."""
+
+    def __init__(self, target: str | grpc.aio.Channel) -> None:
+        """`target` is a worker's host:port, or a channel to it, which stays the caller's to close."""
+        self._own: grpc.aio.Channel | None = None
+        if isinstance(target, str):
+            target = self._own = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+        self._stub: Any = KvEventsStub(target)
+
+    async def close(self) -> None:
+        """Close the channel, if it was made here."""
+        if self._own is not None:
+            await self._own.close()
+
+    async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
+        call = self._stub.Subscribe(pb.SubscribeRequest(epoch=epoch, from_seq=from_seq))
+        try:
+            with _translated():
+                async for frame in call:
+                    yield wire.decode(frame.payload)
+        finally:
+            call.cancel()
+
+    async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
+        request = pb.ReplayRequest(epoch=epoch, from_seq=from_seq)
+        with _translated():
+            return [wire.decode(frame.payload) async for frame in self._stub.Replay(request, timeout=CALL_TIMEOUT_S)]
+
+    async def snapshot(self) -> Snapshot:
+        call = self._stub.Snapshot(pb.SnapshotRequest(), timeout=CALL_TIMEOUT_S)
+        chunks: list[pb.SnapshotChunk] = []
+        received = 0
+        try:
+            with _translated():
+                async for chunk in call:
+                    chunks.append(chunk)
+                    received += len(chunk.block_hashes) // _HASH_BYTES
+                    if received > min(chunks[0].total_blocks, MAX_SNAPSHOT_BLOCKS) or len(chunks) > received + 1:
+                        raise wire.WireError(f"the snapshot holds more blocks than its {chunks[0].total_blocks}")
+        finally:
+            call.cancel()
+        return _assembled(chunks)
+
+
+def _assembled(chunks: list[pb.SnapshotChunk]) -> Snapshot:
+    if not chunks:
+        raise wire.WireError("the snapshot is empty")
+    first = chunks[0]
+    hashes = b"".join(chunk.block_hashes for chunk in chunks)
+    parents = b"".join(chunk.parent_hashes for chunk in chunks)
+    expected = first.total_blocks * _HASH_BYTES
+    if len(hashes) != expected or len(parents) != expected:
+        raise wire.WireError(
+            f"the snapshot has {len(hashes)} bytes of hashes and {len(parents)} of parents: {expected} are needed"
+        )
+    if not 1 <= first.epoch <= wire.MAX_COUNT or len(first.digest) != DIGEST_BYTES:
+        raise wire.WireError("the snapshot has no epoch or no digest")
+    return Snapshot(
+        worker=first.worker_id,
+        epoch=first.epoch,
+        next_seq=first.next_seq,
+        digest=first.digest,
+        block_size=first.block_size,
+        block_hashes=np.frombuffer(hashes, dtype="<u8").astype(np.uint64, copy=False),
+        parent_hashes=np.frombuffer(parents, dtype="<u8").astype(np.uint64, copy=False),
+    )
+
+
+@contextmanager
+def _translated() -> Iterator[None]:
+    """gRPC's errors as ours, so that nobody else has to know gRPC."""
+    try:
+        yield
+    except grpc.aio.AioRpcError as error:
+        details = error.details() or error.code().name
+        match error.code():
+            case grpc.StatusCode.OUT_OF_RANGE:
+                raise Trimmed(details) from error
+            case grpc.StatusCode.FAILED_PRECONDITION:
+                raise Conflict(details) from error
+            case _:
+                raise Unavailable(f"{error.code().name}: {details}") from error
