@@ -254,4 +254,4 @@ class Engine:
     def _check(self) -> None:
         if self._validate:
             self.scheduler.check()
-            assert len(self.scheduler.cache) == self.event_log.count, "the log does not hold what the cache holds"
+            assert len(self.scheduler.cache) == len(self.event_log), "the log does not hold what the cache holds"

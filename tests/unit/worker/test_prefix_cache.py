@@ -1,0 +1,115 @@
+"""Finding, listing and forgetting prefix blocks."""
+
+import numpy as np
+
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored
+from radix.hashing import BlockHasher, derive_salt
+from worker.prefix_cache import ROOT_KEY, CachedBlock, PrefixCache, hash_of
+
+HASHER = BlockHasher(4, derive_salt("m"))
+
+
+def keys_of(tokens: list[int]) -> list[bytes]:
+    data = HASHER.keys(np.array(tokens, np.uint32)).tobytes()
+    return [data[at : at + 16] for at in range(0, len(data), 16)]
+
+
+def fill(cache: PrefixCache, tokens: list[int]) -> list[int]:
+    """Allocate and list the full blocks of a prompt; they stay in use."""
+    keys = keys_of(tokens)
+    blocks = []
+    for index, key in enumerate(keys):
+        block = cache.pool.allocate()
+        parent_key = keys[index - 1] if index else ROOT_KEY
+        cache.insert(block, CachedBlock(key, parent_key, tuple(tokens[index * 4 : index * 4 + 4])))
+        blocks.append(block)
+    return blocks
+
+
+def test_the_longest_held_prefix_is_found() -> None:
+    """A prompt that shares two of three blocks finds these two, in order."""
+    cache = PrefixCache(8, 4)
+    blocks = fill(cache, list(range(12)))
+    other = [*range(8), 99, 98, 97, 96]
+    assert cache.lookup(keys_of(other), other) == blocks[:2]
+
+
+def test_a_block_with_other_tokens_is_not_reused_even_under_an_equal_key() -> None:
+    """A forged or colliding key must not mix contents."""
+    cache = PrefixCache(8, 4)
+    fill(cache, list(range(8)))
+    assert cache.lookup(keys_of(list(range(8))), [0, 1, 2, 3, 50, 51, 52, 53]) == [
+        cache.lookup(keys_of(list(range(4))), list(range(4)))[0]
+    ]
+    assert cache.lookup(keys_of(list(range(8))), [50, 51, 52, 53, 4, 5, 6, 7]) == []
+
+
+def test_a_block_that_follows_another_prefix_is_not_reused() -> None:
+    """Equal tokens and key do not suffice: the key before must be the same too."""
+    cache = PrefixCache(8, 4)
+    keys = keys_of(list(range(8)))
+    block = cache.pool.allocate()
+    cache.insert(block, CachedBlock(keys[0], ROOT_KEY, (0, 1, 2, 3)))
+    other = cache.pool.allocate()
+    cache.insert(other, CachedBlock(keys[1], bytes(15) + b"x", (4, 5, 6, 7)))
+    assert cache.lookup(keys, list(range(8))) == [block]
+
+
+def test_blocks_of_a_chain_share_an_event_and_a_fork_starts_a_new_one() -> None:
+    """One BlockStored names a whole run of blocks and the block before it."""
+    cache = PrefixCache(8, 4)
+    fill(cache, list(range(12)))
+    (stored,) = cache.take_events()
+    assert isinstance(stored, BlockStored)
+    hashes = [hash_of(key) for key in keys_of(list(range(12)))]
+    assert stored.block_hashes.tolist() == hashes
+    assert stored.parent_hash == 0
+    fill(cache, [7, 7, 7, 7])
+    (stored,) = cache.take_events()
+    assert isinstance(stored, BlockStored)
+    assert stored.parent_hash == 0
+    assert cache.take_events() == ()
+
+
+def test_eviction_takes_the_tail_first_and_says_so() -> None:
+    """Blocks released tail first are evicted tail first, so a prefix outlives what follows it."""
+    cache = PrefixCache(3, 4)
+    tokens = list(range(12))
+    blocks = fill(cache, tokens)
+    cache.take_events()
+    cache.pool.release(reversed(blocks))
+    cache.pool.allocate()
+    (removed,) = cache.take_events()
+    assert isinstance(removed, BlockRemoved)
+    assert removed.block_hashes.tolist() == [hash_of(keys_of(tokens)[2])]
+    assert cache.lookup(keys_of(tokens), tokens) == blocks[:2]
+    cache.check()
+
+
+def test_a_second_block_of_the_same_content_stays_unlisted() -> None:
+    """Two equal prompts at once store each key once; the twin is free again when its user ends."""
+    cache = PrefixCache(8, 4)
+    first = fill(cache, list(range(4)))
+    second = fill(cache, list(range(4)))
+    assert len(cache.take_events()) == 1
+    cache.pool.release(second)
+    assert cache.pool.idle == 0
+    cache.pool.release(first)
+    assert cache.pool.idle == 1
+    cache.check()
+
+
+def test_clearing_forgets_everything_but_leaves_blocks_to_their_users() -> None:
+    """After a clear nothing is found; a block in use is free once its user ends."""
+    cache = PrefixCache(8, 4)
+    used = fill(cache, list(range(8)))
+    idle = fill(cache, [9] * 4)
+    cache.pool.release(idle)
+    cache.take_events()
+    assert cache.clear() == 3
+    assert cache.take_events() == (AllBlocksCleared(),)
+    assert cache.lookup(keys_of(list(range(8))), list(range(8))) == []
+    assert cache.pool.in_use == 2
+    cache.pool.release(used)
+    assert (cache.pool.in_use, cache.pool.idle, cache.pool.available) == (0, 0, 8)
+    cache.check()
