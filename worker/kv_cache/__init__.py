@@ -1,0 +1,1 @@
+"""Where keys and values of computed tokens live: tensors, their layout and size."""
