@@ -118,7 +118,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
     from worker.checkpoint import load_model
     from worker.config import ModelConfig
     from worker.engine import Engine
-    from worker.kv_cache.paged import blocks_that_fit
+    from worker.kv_cache.paged import blocks_within
     from worker.runner import TorchRunner
     from worker.scheduler import SchedulerConfig
     from worker.service import WorkerIdentity
@@ -127,8 +127,8 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     model_config = ModelConfig.load(settings.model_dir)
     files = tokenizer_files(settings.model_dir)
-    tokenizer = Tokenizer(settings.model_dir)
-    num_blocks = blocks_that_fit(model_config, settings.block_size, settings.kv_cache_mib * 2**20)
+    tokenizer = Tokenizer(files, settings.model_dir)
+    num_blocks = blocks_within(settings.kv_cache_mib * 2**20, model_config, settings.block_size, torch.float32)
     longest = min(model_config.max_position_embeddings, num_blocks * settings.block_size)
     config = SchedulerConfig(
         num_blocks=num_blocks,
@@ -153,7 +153,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         config,
         TorchRunner(model, num_blocks, settings.block_size),
         EventLog(settings.worker_id, epoch, settings.block_size, EVENT_BATCHES_KEPT),
-        new_decoder=tokenizer.new_detokenizer,
+        new_decoder=tokenizer.detokenizer,
         eos_token_ids=frozenset(model_config.eos_token_ids),
         clock=time.monotonic,
         wall_clock=time.time,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from enum import Enum
 from typing import Protocol
 
@@ -19,7 +19,7 @@ class FinishReason(Enum):
 class TextDecoder(Protocol):
     """Tokens to text, incrementally; text that may still change is held back."""
 
-    def push(self, token_ids: Iterable[int]) -> str: ...
+    def push(self, token_ids: Sequence[int]) -> str: ...
 
     def finish(self) -> str:
         """What was held back, now that nothing follows."""

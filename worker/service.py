@@ -206,8 +206,8 @@ async def running_server(identity: WorkerIdentity, thread: EngineThread, host: s
     """Serve the engine behind `thread`; yields the bound address."""
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     service = WorkerService(identity, thread, wall_ms=lambda: int(time.time() * 1000))
-    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)  # type: ignore[no-untyped-call]
+    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
     events = KvEventsService(thread.engine.event_log)
-    worker_pb2_grpc.add_KvEventsServicer_to_server(events, server)  # type: ignore[no-untyped-call]
+    worker_pb2_grpc.add_KvEventsServicer_to_server(events, server)
     async with rpc.serving(server, host, port, ("rhizome.v1.Worker", "rhizome.v1.KvEvents")) as address:
         yield address

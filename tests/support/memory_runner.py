@@ -57,9 +57,7 @@ class MemoryRunner:
         for chunk in plan.chunks:
             end = chunk.start + len(chunk.token_ids)
             context = self.memory[list(chunk.block_ids)].reshape(-1)[:end].tolist()
-            results.append(
-                [SampledToken(next_token(context, s.params, s.choice, s.banned)) for s in chunk.samples]
-            )
+            results.append([SampledToken(next_token(context, s.params, s.choice, s.banned)) for s in chunk.samples])
         return results
 
 

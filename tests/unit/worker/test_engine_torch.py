@@ -1,0 +1,133 @@
+"""The engine over a real model: the answer to a request never depends on what else happened (float32, bit for bit)."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kv_events.log import EventLog
+from radix.hashing import BlockHasher, derive_salt
+from worker.checkpoint import load_model
+from worker.engine import Engine
+from worker.models.decoder import Decoder
+from worker.plan import SampledToken, SamplingParams
+from worker.runner import TorchRunner
+from worker.scheduler import SchedulerConfig
+from worker.sequence import EngineRequest
+from worker.tiny_model import make_tiny_model
+from worker.tokenizer import Tokenizer
+
+LONGEST = 400
+REQUESTS = 8
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("tiny")
+    return make_tiny_model(folder, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, num_kv_heads=2)
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Path) -> Decoder:
+    return load_model(checkpoint)
+
+
+def make_engine(model: Decoder, checkpoint: Path, config: SchedulerConfig) -> Engine:
+    return Engine(
+        config,
+        TorchRunner(model, config.num_blocks, config.block_size),
+        EventLog("w", 1, config.block_size, 1000),
+        new_decoder=Tokenizer.load(checkpoint).detokenizer,
+        eos_token_ids=model.config.eos_token_ids,
+        clock=lambda: 0.0,
+        wall_clock=lambda: 0.0,
+        validate=True,
+    )
+
+
+def make_requests(block_size: int) -> list[EngineRequest]:
+    """Greedy and sampled requests; most share a prefix of 150 tokens, the longest crosses a tile of attention."""
+    rng = random.Random(5)
+    shared = [rng.randrange(256) for _ in range(150)]
+    hasher = BlockHasher(block_size, derive_salt("m"))
+    requests = []
+    for number in range(REQUESTS):
+        tokens = shared[: rng.choice([150, 150, 96, 0])] + [rng.randrange(256) for _ in range(rng.choice([3, 40, 160]))]
+        params = SamplingParams(
+            max_tokens=rng.randrange(5, 40),
+            temperature=rng.choice([0.0, 0.0, 1.0]),
+            top_p=0.95,
+            seed=number,
+            repetition_penalty=rng.choice([1.0, 1.1]),
+            logprobs=2,
+            n=rng.choice([1, 1, 2]),
+            ignore_eos=True,
+        )
+        keys = hasher.keys(np.array(tokens, np.uint32))
+        requests.append(EngineRequest(f"r{number}", tokens, params, hasher, keys, priority=rng.randrange(2)))
+    return requests
+
+
+def drain(engine: Engine, answers: dict[tuple[str, int], list[SampledToken]]) -> None:
+    for output in engine.step():
+        answers.setdefault((output.request_id, output.choice), []).append(output.token)
+
+
+@pytest.fixture(scope="module")
+def alone(model: Decoder, checkpoint: Path) -> dict[tuple[str, int], list[SampledToken]]:
+    """Each request by itself on a cold engine, its prompt in one chunk."""
+    answers: dict[tuple[str, int], list[SampledToken]] = {}
+    for request in make_requests(16):
+        config = SchedulerConfig(num_blocks=64, block_size=16, max_model_len=LONGEST, max_batched_tokens=LONGEST)
+        engine = make_engine(model, checkpoint, config)
+        engine.add(request)
+        while engine.has_work:
+            drain(engine, answers)
+    return answers
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_answers_and_logprobs_are_equal_in_any_interleaving(
+    model: Decoder, checkpoint: Path, alone: dict[tuple[str, int], list[SampledToken]], seed: int
+) -> None:
+    """Cold or warm, alone or batched, whole or in chunks, preempted, after clears and cancellations."""
+    rng = random.Random(seed)
+    block_size = rng.choice([8, 16, 32])
+    fewest = -(-LONGEST // block_size)
+    budget = rng.choice([17, 64, 300])
+    config = SchedulerConfig(
+        num_blocks=rng.choice([fewest, fewest + 5, 4 * fewest]),
+        block_size=block_size,
+        max_model_len=LONGEST,
+        max_batched_tokens=budget,
+        max_running=rng.choice([3, 8]),
+    )
+    engine = make_engine(model, checkpoint, config)
+    answers: dict[tuple[str, int], list[SampledToken]] = {}
+    requests = make_requests(block_size)
+    disturbance = make_requests(block_size)[0]
+    rng.shuffle(requests)
+    for round_ in range(2):  # cold, then warm
+        waiting = [*requests]
+        while waiting or engine.has_work:
+            if waiting and rng.random() < 0.3:
+                engine.add(waiting.pop())
+            if rng.random() < 0.02:
+                engine.clear_cache()
+            drain(engine, answers)
+        for key, tokens in alone.items():
+            assert answers[key] == tokens, f"seed {seed}, round {round_}, request {key}"
+        answers.clear()
+        # A request that goes away half-way leaves nothing that could disturb the next round.
+        engine.add(disturbance)
+        engine.step()
+        engine.cancel(disturbance.request_id)
+    if config.num_blocks == fewest:
+        assert engine.status().preemptions > 0, "this seed was meant to preempt"
+    pool = engine.scheduler.cache.pool
+    assert (pool.in_use, pool.available) == (0, pool.num_blocks)
