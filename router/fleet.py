@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from enum import IntEnum
 
 from rhizome.errors import Conflict, InvalidRequest, NotServed, Overloaded, Unavailable
 
 LEASE_S = 3.0
-HEARTBEAT_INTERVAL_S = 0.5  # six chances within a lease
+HEARTBEATS_PER_LEASE = 6
 MAX_WORKERS = 1024  # one match and one prediction visits each of them
 MAX_MODELS_REMEMBERED = 256  # names only, to tell "gone for now" from "never heard of"
 MAX_NAME_CHARS = 256
@@ -24,10 +24,10 @@ class Role(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class ModelCard:
-    """What a router must know about a model. Every worker of a model shows the same card."""
+    """What a router must know about a model. Its workers agree in everything but max_model_len."""
 
     name: str
-    max_model_len: int  # tokens, prompt and output together
+    max_model_len: int  # tokens, prompt and output together; a worker with less memory may take less
     vocab_size: int
     block_size: int  # tokens
     tokenizer_sha256: str
@@ -139,12 +139,17 @@ class Fleet:
         return member
 
     def card(self, model: str) -> ModelCard:
-        """The card of a model, or of the only one where `model` is empty.
+        """The card of a model, or of the only one where `model` is empty; its length is what every worker takes.
 
         Raises NotServed for a model never heard of, Unavailable where its workers are gone, InvalidRequest where an
         empty name could mean several.
         """
-        cards = {member.info.model.name: member.info.model for member in self._members.values()}
+        cards: dict[str, ModelCard] = {}
+        for member in self._members.values():
+            card = member.info.model
+            known = cards.setdefault(card.name, card)
+            if card.max_model_len < known.max_model_len:
+                cards[card.name] = card
         served = ", ".join(sorted(cards))
         if model in cards:
             return cards[model]
@@ -187,11 +192,11 @@ class Fleet:
     def _check_card(self, info: WorkerInfo) -> None:
         peers = [member.info for member in self.serving(info.model.name) if member.info.worker_id != info.worker_id]
         for peer in peers[:1]:
-            for field in fields(ModelCard):
-                own, theirs = getattr(info.model, field.name), getattr(peer.model, field.name)
+            for name in ("block_size", "vocab_size", "tokenizer_sha256"):
+                own, theirs = getattr(info.model, name), getattr(peer.model, name)
                 if own != theirs:
                     raise Conflict(
-                        f"worker {info.worker_id}: {field.name} of model {info.model.name} is {own!r}, "
+                        f"worker {info.worker_id}: {name} of model {info.model.name} is {own!r}, "
                         f"but {theirs!r} on {peer.worker_id}; one model's workers must agree"
                     )
 

@@ -1,0 +1,167 @@
+"""The core's values as messages of the wire, and back."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import TypeVar
+
+import numpy as np
+from google.protobuf.message import DecodeError, Message
+
+from radix.hashing import BlockHasher, derive_salt
+from radix.keys import Tokens, hashes_of
+from rhizome import validate
+from rhizome.errors import InvalidRequest
+from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
+from router.core import RouteRequest
+from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
+from router.policy import Candidate, Decision
+from router.tokenizing import PromptTokenizer
+
+M = TypeVar("M", bound=Message)
+
+_ID_LISTS = ("prefilled_request_ids", "finished_request_ids")
+_COUNTERS = tuple(field.name for field in fields(WorkerReport) if field.name not in _ID_LISTS)
+
+
+def parse(message_type: type[M], data: bytes) -> M:
+    """A message from its bytes. Raises InvalidRequest, where gRPC's own deserializing would say INTERNAL."""
+    try:
+        return message_type.FromString(data)
+    except DecodeError as error:
+        limit = f"a {message_type.DESCRIPTOR.full_name} whose strings are UTF-8 ({error})"
+        raise InvalidRequest("request", f"{len(data)} bytes", limit) from None
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedRequest:
+    """A request that was checked, tokenized and hashed: for the core, and for the worker."""
+
+    route: RouteRequest
+    message: worker_pb2.WorkerGenerateRequest
+
+
+def prepare(
+    request: router_pb2.GenerateRequest, card: ModelCard, tokenizer: PromptTokenizer | None, *, streamed: bool
+) -> PreparedRequest:
+    """Check, tokenize and hash a request for the model of `card`. Touches no shared state. Raises InvalidRequest."""
+    tokens = _tokens(request, card, tokenizer)
+    validate.check_prompt_length(len(tokens), card.max_model_len)
+    validate.check_token_ids(tokens, card.vocab_size)
+    validate.check_sampling(
+        request.sampling, vocab_size=card.vocab_size, prompt_tokens=len(tokens), max_model_len=card.max_model_len
+    )
+    hasher = _hasher(card.name, card.block_size)
+    keys = hasher.keys(tokens)
+    request_id = request.request_id or uuid.uuid4().hex
+    route = RouteRequest(
+        request_id=request_id,
+        model=card.name,
+        prompt_tokens=len(tokens),
+        hashes=hashes_of(keys),
+        sequences=max(1, request.sampling.n),
+        policy=request.policy,
+        bypass_prefix_cache=request.bypass_prefix_cache,
+        streamed=streamed,
+    )
+    message = worker_pb2.WorkerGenerateRequest(
+        request_id=request_id,
+        model=card.name,
+        token_ids=tokens.astype("<u4", copy=False).tobytes(),
+        sampling=request.sampling,
+        priority=request.priority,
+        salt=hasher.salt,
+        block_keys=keys.astype("<u8", copy=False).tobytes(),
+        bypass_prefix_cache=request.bypass_prefix_cache,
+    )
+    return PreparedRequest(route, message)
+
+
+def _tokens(request: router_pb2.GenerateRequest, card: ModelCard, tokenizer: PromptTokenizer | None) -> Tokens:
+    match request.WhichOneof("prompt"):
+        case "text" if tokenizer:
+            return tokenizer.encode(request.text, card.max_model_len)
+        case "chat" if tokenizer:
+            messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]
+            return tokenizer.encode_chat(messages, card.max_model_len)
+        case "token_ids":
+            ids, packed = request.token_ids.ids, request.token_ids.packed
+            if ids and packed:
+                raise InvalidRequest("token_ids", "ids and packed", "one of the two")
+            if len(packed) % 4:
+                raise InvalidRequest("token_ids.packed", f"{len(packed)} bytes", "4 bytes for each token")
+            return np.frombuffer(packed, "<u4").astype(np.uint32) if packed else np.array(ids, np.uint32)
+        case _:
+            raise InvalidRequest("prompt", "", "text, chat or token_ids is needed")
+
+
+@lru_cache(maxsize=256)
+def _hasher(model: str, block_size: int) -> BlockHasher:
+    return BlockHasher(block_size, derive_salt(model))
+
+
+def worker_info(request: fleet_pb2.RegisterRequest) -> WorkerInfo:
+    """A registration in the core's words. Raises InvalidRequest for an unknown role."""
+    card = request.model
+    return WorkerInfo(
+        worker_id=request.worker_id,
+        epoch=request.epoch,
+        address=request.address,
+        role=parse_role(request.role),
+        model=ModelCard(card.name, card.max_model_len, card.vocab_size, card.block_size, card.tokenizer_sha256),
+        blocks_total=request.blocks_total,
+        max_running=request.max_running,
+        max_waiting=request.max_waiting,
+        max_batched_tokens=request.max_batched_tokens,
+    )
+
+
+def worker_report(status: worker_pb2.WorkerStatus) -> WorkerReport:
+    """A status in the core's words."""
+    return WorkerReport(
+        **{name: getattr(status, name) for name in _COUNTERS},
+        prefilled_request_ids=tuple(status.prefilled_request_ids),
+        finished_request_ids=tuple(status.finished_request_ids),
+    )
+
+
+def worker_entry(member: Member, now: float) -> router_pb2.WorkerEntry:
+    """What the fleet knows of a worker; load and index are the caller's to add."""
+    info = member.info
+    entry = router_pb2.WorkerEntry(
+        worker_id=info.worker_id,
+        epoch=info.epoch,
+        address=info.address,
+        role=fleet_pb2.WorkerRole.ValueType(info.role),
+        draining=member.draining,
+        lease_left_s=max(0.0, member.lease_until - now),
+        model=fleet_pb2.ModelCard(
+            name=info.model.name,
+            max_model_len=info.model.max_model_len,
+            vocab_size=info.model.vocab_size,
+            block_size=info.model.block_size,
+            tokenizer_sha256=info.model.tokenizer_sha256,
+        ),
+    )
+    if member.report is not None:
+        counters = {name: getattr(member.report, name) for name in _COUNTERS}
+        entry.status.CopyFrom(worker_pb2.WorkerStatus(worker_id=info.worker_id, epoch=info.epoch, **counters))
+    return entry
+
+
+def decision_message(decision: Decision) -> router_pb2.Decision:
+    """A decision with all its candidates."""
+    return router_pb2.Decision(
+        worker_id=decision.worker_id,
+        policy=decision.policy,
+        reason=decision.reason,
+        prompt_tokens=decision.prompt_tokens,
+        candidates=[_candidate_message(candidate) for candidate in decision.candidates],
+    )
+
+
+def _candidate_message(candidate: Candidate) -> router_pb2.Candidate:
+    names = [field.name for field in router_pb2.Candidate.DESCRIPTOR.fields]
+    return router_pb2.Candidate(**{name: getattr(candidate, name) for name in names})

@@ -1,0 +1,311 @@
+"""The router's gRPC server: Router for clients and operators, Fleet for workers, around one Router core."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import Any, NoReturn, TypeVar
+
+import grpc
+from google.protobuf.message import Message
+
+from rhizome import rpc, ticket, validate
+from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
+from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
+from router.core import Router
+from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
+from router.links import Links, WorkerLink
+from router.messages import PreparedRequest, decision_message, parse, prepare, worker_entry, worker_info, worker_report
+from router.policy import Decision, PredictedTtft
+
+logger = logging.getLogger(__name__)
+
+Context = grpc.aio.ServicerContext[Any, Any]
+M = TypeVar("M", bound=Message)
+
+EXPIRY_INTERVAL_S = 0.25
+INLINE_BYTES = 8192  # a longer request is tokenized and hashed in a thread, so that others do not wait for it
+CLEAR_TIMEOUT_S = 10.0
+INDEX_CHUNK_BLOCKS = 2**16  # 512 KiB
+STATUS_DETAILS = "grpc-status-details-bin"
+
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
+
+
+class RouterService:
+    """rhizome.v1.Router."""
+
+    def __init__(self, router: Router, links: Links, secret: bytes) -> None:
+        self._router = router
+        self._links = links
+        self._secret = secret
+
+    async def generate(self, request: router_pb2.GenerateRequest, context: Context) -> None:
+        """Route, then pass the worker's chunks through as they are."""
+        prepared = await self._prepare(request, streamed=True)
+        decision = self._router.route(prepared.route, time.monotonic())
+        try:
+            link = self._links[decision.worker_id]
+            with link.stream():
+                await context.send_initial_metadata(_metadata(decision))
+                self._sign(prepared.message, decision)
+                await self._pass_through(prepared.message, link, context)
+        finally:
+            self._router.finish(decision.request_id)
+
+    async def _pass_through(
+        self, message: worker_pb2.WorkerGenerateRequest, link: WorkerLink, context: Context
+    ) -> None:
+        delivered = 0
+        # When the client goes away this coroutine is cancelled, and the call to the worker with it.
+        call = link.generate(message, timeout=context.time_remaining())
+        try:
+            async for chunk in call:
+                if not delivered:
+                    self._router.first_token(message.request_id, time.monotonic())
+                await context.write(chunk)
+                delivered += 1
+        except grpc.aio.AioRpcError as error:
+            await _pass_error_on(context, error, link, delivered)
+        finally:
+            call.cancel()
+
+    async def route(self, request: router_pb2.GenerateRequest, context: Context) -> router_pb2.RouteResponse:
+        """Decide and reserve; the client goes to the worker itself."""
+        prepared = await self._prepare(request, streamed=False)
+        decision = self._router.route(prepared.route, time.monotonic())
+        self._sign(prepared.message, decision)
+        return router_pb2.RouteResponse(
+            decision=decision_message(decision), worker_address=decision.address, request=prepared.message
+        )
+
+    async def explain(self, request: router_pb2.GenerateRequest, context: Context) -> router_pb2.Decision:
+        """What route would decide."""
+        prepared = await self._prepare(request, streamed=False)
+        return decision_message(self._router.explain(prepared.route))
+
+    async def list_workers(
+        self, request: router_pb2.ListWorkersRequest, context: Context
+    ) -> router_pb2.ListWorkersResponse:
+        """Every registered worker, with what this router knows of it."""
+        response = router_pb2.ListWorkersResponse()
+        now = time.monotonic()
+        for member in self._router.fleet.members():
+            entry = worker_entry(member, now)
+            view = self._router.view(entry.worker_id)
+            entry.in_flight = len(self._router.load.of(entry.worker_id).reservations)
+            entry.indexed_blocks = self._router.index.tree.count(view.worker_index)
+            entry.index_digest = view.digest
+            entry.next_event_seq = view.position()[1]
+            entry.index_synced = view.synced
+            entry.resyncs = view.counts.resyncs
+            response.workers.append(entry)
+        return response
+
+    async def get_index(self, request: router_pb2.GetIndexRequest, context: Context) -> None:
+        """The blocks of one worker or all, in chunks; at least one chunk a worker. Raises NotServed."""
+        fleet, index = self._router.fleet, self._router.index
+        members = [fleet.get(request.worker_id)] if request.worker_id else fleet.members()
+        views = [self._router.view(member.info.worker_id) for member in members]
+        # All of it at one moment: while chunks are written, events go on.
+        held = [(view, view.position()[0], view.digest, index.tree.blocks(view.worker_index)) for view in views]
+        for view, epoch, digest, blocks in held:
+            for start in range(0, max(1, len(blocks)), INDEX_CHUNK_BLOCKS):
+                chunk = router_pb2.IndexChunk(
+                    worker_id=view.worker_name,
+                    epoch=epoch,
+                    digest=digest,
+                    total_blocks=len(blocks),
+                    block_hashes=blocks[start : start + INDEX_CHUNK_BLOCKS].astype("<u8", copy=False).tobytes(),
+                )
+                await context.write(chunk.SerializeToString())
+
+    async def set_draining(
+        self, request: router_pb2.SetDrainingRequest, context: Context
+    ) -> router_pb2.SetDrainingResponse:
+        """Stop or resume routing to a worker. Raises NotServed."""
+        self._router.set_draining(request.worker_id, request.draining)
+        return router_pb2.SetDrainingResponse()
+
+    async def clear_caches(
+        self, request: router_pb2.ClearCachesRequest, context: Context
+    ) -> router_pb2.ClearCachesResponse:
+        """Have every worker forget what no running request uses. Raises Unavailable naming those that did not."""
+
+        async def clear(link: WorkerLink) -> int:
+            try:
+                answer = await link.stub.ClearCache(worker_pb2.ClearCacheRequest(), timeout=CLEAR_TIMEOUT_S)
+            except grpc.aio.AioRpcError as error:
+                raise Unavailable(f"worker {link.info.worker_id}: {error.details()}") from error
+            return answer.blocks
+
+        results = await asyncio.gather(*map(clear, self._links), return_exceptions=True)
+        failures = [result for result in results if isinstance(result, BaseException)]
+        if failures:
+            raise Unavailable("caches not cleared: " + "; ".join(map(str, failures)))
+        return router_pb2.ClearCachesResponse(blocks=sum(r for r in results if isinstance(r, int)))
+
+    async def _prepare(self, request: router_pb2.GenerateRequest, *, streamed: bool) -> PreparedRequest:
+        """Check, tokenize, hash: a long prompt in a thread, which must not see the core."""
+        validate.check_request_id(request.request_id)
+        card = self._router.card(request.model)
+        tokenizer = None if request.WhichOneof("prompt") == "token_ids" else self._links.tokenizer(card)
+        if request.ByteSize() <= INLINE_BYTES:
+            return prepare(request, card, tokenizer, streamed=streamed)
+        return await asyncio.to_thread(prepare, request, card, tokenizer, streamed=streamed)
+
+    def _sign(self, message: worker_pb2.WorkerGenerateRequest, decision: Decision) -> None:
+        ticket.sign_request(self._secret, message, decision.worker_id, decision.epoch, int(time.time() * 1000))
+
+
+class FleetService:
+    """rhizome.v1.Fleet."""
+
+    def __init__(self, router: Router, links: Links, secret: bytes) -> None:
+        self._router = router
+        self._links = links
+        self._secret = secret
+
+    async def register(self, request: fleet_pb2.RegisterRequest, context: Context) -> fleet_pb2.RegisterResponse:
+        """Give a worker its lease, and begin to follow it."""
+        ticket.check_registration(self._secret, request)
+        info = worker_info(request)
+        if not _ADDRESS.fullmatch(info.address):
+            raise InvalidRequest("address", info.address, "host:port")
+        if self._router.register(info, time.monotonic()):
+            logger.info("worker %s of epoch %d joined from %s", info.worker_id, info.epoch, info.address)
+            self._links.open(info)
+        return fleet_pb2.RegisterResponse(
+            lease_s=self._router.fleet.lease_s,
+            heartbeat_interval_s=self._router.fleet.lease_s / HEARTBEATS_PER_LEASE,
+        )
+
+    async def heartbeat(self, request: fleet_pb2.HeartbeatRequest, context: Context) -> fleet_pb2.HeartbeatResponse:
+        """Renew a lease, and learn the worker's state."""
+        status = request.status
+        draining = self._router.heartbeat(status.worker_id, status.epoch, worker_report(status), time.monotonic())
+        return fleet_pb2.HeartbeatResponse(draining=draining)
+
+    async def deregister(self, request: fleet_pb2.DeregisterRequest, context: Context) -> fleet_pb2.DeregisterResponse:
+        """A worker leaves."""
+        self._router.deregister(request.worker_id, request.epoch)
+        self._links.retire(request.worker_id)
+        logger.info("worker %s of epoch %d left", request.worker_id, request.epoch)
+        return fleet_pb2.DeregisterResponse()
+
+
+def _metadata(decision: Decision) -> tuple[tuple[str, str], ...]:
+    chosen = decision.candidates[0]
+    return (
+        ("rhizome-request-id", decision.request_id),
+        ("rhizome-worker", decision.worker_id),
+        ("rhizome-cached-tokens", str(chosen.cached_tokens)),
+        ("rhizome-predicted-ttft-ms", f"{chosen.predicted_ttft_s * 1000:.1f}"),
+    )
+
+
+async def _pass_error_on(context: Context, error: grpc.aio.AioRpcError, link: WorkerLink, delivered: int) -> NoReturn:
+    """A worker that refuses has its own say; one that vanished is named."""
+    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
+        raise Unavailable(
+            f"worker {link.info.worker_id} at {link.info.address} went away after {delivered} chunks of the answer: "
+            f"{error.details()}"
+        ) from error
+    details = [(key, value) for key, value in error.trailing_metadata() or () if key == STATUS_DETAILS]
+    await context.abort(error.code(), error.details() or "", tuple(details))
+    raise AssertionError("abort raises")
+
+
+# Handlers take and give bytes: requests are parsed here, for a clear error, and chunks are not parsed at all.
+
+
+def _unary(message_type: type[M], method: Callable[[M, Context], Awaitable[Message]]) -> Any:
+    async def handle(data: bytes, context: Context) -> bytes:
+        try:
+            response = await method(parse(message_type, data), context)
+        except RhizomeError as error:
+            await rpc.abort(context, error)
+        return response.SerializeToString()
+
+    return grpc.unary_unary_rpc_method_handler(handle)
+
+
+def _streaming(message_type: type[M], method: Callable[[M, Context], Awaitable[None]]) -> Any:
+    # A coroutine that writes, not a generator: a cancelled call then ends at once.
+    async def handle(data: bytes, context: Context) -> None:
+        try:
+            await method(parse(message_type, data), context)
+        except RhizomeError as error:
+            await rpc.abort(context, error)
+
+    return grpc.unary_stream_rpc_method_handler(handle)
+
+
+def _handlers(service: RouterService, fleet: FleetService) -> tuple[grpc.GenericRpcHandler, ...]:
+    routing = {
+        "Generate": _streaming(router_pb2.GenerateRequest, service.generate),
+        "Route": _unary(router_pb2.GenerateRequest, service.route),
+        "Explain": _unary(router_pb2.GenerateRequest, service.explain),
+        "ListWorkers": _unary(router_pb2.ListWorkersRequest, service.list_workers),
+        "GetIndex": _streaming(router_pb2.GetIndexRequest, service.get_index),
+        "SetDraining": _unary(router_pb2.SetDrainingRequest, service.set_draining),
+        "ClearCaches": _unary(router_pb2.ClearCachesRequest, service.clear_caches),
+    }
+    joining = {
+        "Register": _unary(fleet_pb2.RegisterRequest, fleet.register),
+        "Heartbeat": _unary(fleet_pb2.HeartbeatRequest, fleet.heartbeat),
+        "Deregister": _unary(fleet_pb2.DeregisterRequest, fleet.deregister),
+    }
+    return (
+        grpc.method_handlers_generic_handler("rhizome.v1.Router", routing),
+        grpc.method_handlers_generic_handler("rhizome.v1.Fleet", joining),
+    )
+
+
+async def _expire(router: Router, links: Links) -> NoReturn:
+    while True:
+        await asyncio.sleep(EXPIRY_INTERVAL_S)
+        try:
+            for info in router.expire(time.monotonic()):
+                logger.warning("worker %s of epoch %d: its lease ran out", info.worker_id, info.epoch)
+                links.retire(info.worker_id)
+            links.forget_unused_tokenizers()
+        except Exception:  # a defect here must not keep dead workers for ever
+            logger.exception("expiry failed")
+
+
+@asynccontextmanager
+async def running_router(
+    host: str = "127.0.0.1",
+    port: int = 0,
+    *,
+    policy: str = PredictedTtft.name,
+    secret: bytes = b"",
+    insecure: bool = False,
+    lease_s: float = LEASE_S,
+    validate: bool = False,
+) -> AsyncIterator[str]:
+    """A serving router; yields its host:port (port 0: a free one).
+
+    Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use. With `secret`
+    only workers that sign their registration join. `validate` checks the core's invariants all the time, for tests.
+    """
+    rpc.check_bind_host(host, insecure=insecure)
+    router = Router(policy=policy, lease_s=lease_s, validate=validate)
+    links = Links(router)
+    server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
+    server.add_generic_rpc_handlers(
+        _handlers(RouterService(router, links, secret), FleetService(router, links, secret))
+    )
+    expiry = asyncio.create_task(_expire(router, links))
+    try:
+        async with rpc.serving(server, host, port, ("rhizome.v1.Router", "rhizome.v1.Fleet")) as address:
+            yield address
+    finally:
+        expiry.cancel()
+        await asyncio.gather(expiry, return_exceptions=True)
+        await links.close()  # last: answers under way end within the server's grace
