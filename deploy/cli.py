@@ -14,7 +14,9 @@ import typer
 from rhizome.errors import RhizomeError
 
 app = typer.Typer(
-    help="KV-aware routing and prefix-cache service for LLM inference.", no_args_is_help=True, add_completion=True
+    help="KV-aware routing and prefix-cache service for LLM inference.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,  # main() has one line for what a person can mend
 )
 model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
 app.add_typer(model_app, name="model")

@@ -1,4 +1,4 @@
-"""`rhizome demo`: the same conversations three times on one embedded cluster, and what KV-aware routing makes of them."""
+"""`rhizome demo`: the same conversations on one embedded cluster, KV-aware, round-robin and without a cache."""
 
 from __future__ import annotations
 
@@ -75,6 +75,9 @@ class TreeCheck:
     worker_blocks: int
     router_blocks: int
     equal: bool  # block by block, and by digest
+
+
+Trees = dict[str, dict[str, TreeCheck]]  # by mode and worker
 
 
 class Demo:
@@ -202,18 +205,22 @@ async def run_demo(*, workers: int, sessions: int, turns: int, json_output: bool
             await client.wait_ready(workers=workers)
             demo = Demo(client, tokenizer, sessions, turns, on_row=lambda row: _print_row(console, row))
             await demo.warm_up()
+            trees: Trees = {}
             for mode in MODES:
                 console.print(f"\n[bold]{mode.name}[/bold]  session turn worker    prompt cached  TTFT")
                 await demo.play(mode)
-                if mode is MODES[0]:
-                    trees = await demo.trees_equal()
+                trees[mode.name] = await demo.trees_equal()
             block_size = (await client.workers())[0].model.block_size
     summaries = demo.summaries(block_size)
     identical = demo.answers_identical()
     _print_summary(console, summaries, trees, identical=identical)
     if json_output:
         print(json.dumps(_report(demo, summaries, trees, identical=identical), indent=1))
-    return 0 if identical and all(check.equal for check in trees.values()) else 1
+    return 0 if identical and _all_equal(trees) else 1
+
+
+def _all_equal(trees: Trees) -> bool:
+    return all(check.equal for checks in trees.values() for check in checks.values())
 
 
 def _print_row(console: Console, row: Row) -> None:
@@ -223,7 +230,7 @@ def _print_row(console: Console, row: Row) -> None:
     )
 
 
-def _print_summary(console: Console, summaries: list[Summary], trees: dict[str, TreeCheck], *, identical: bool) -> None:
+def _print_summary(console: Console, summaries: list[Summary], trees: Trees, *, identical: bool) -> None:
     table = Table(title="Turns 2 and later")
     for heading in ("mode", "hit share of prompt tokens", "of the maximum", "mean TTFT", "against KV-aware"):
         table.add_column(heading, justify="left" if heading == "mode" else "right")
@@ -238,20 +245,19 @@ def _print_summary(console: Console, summaries: list[Summary], trees: dict[str, 
         )
     console.print(table)
     console.print(f"Answers identical in the three runs: {'yes' if identical else 'NO'}")
-    for worker, check in trees.items():
-        verdict = "equal" if check.equal else "NOT EQUAL"
-        console.print(
-            f"{worker} holds {check.worker_blocks} blocks, the router's tree {check.router_blocks}: {verdict}"
-        )
+    for mode, checks in trees.items():
+        for worker, check in checks.items():
+            held = f"{worker} holds {check.worker_blocks} blocks, the router's tree has {check.router_blocks} of it"
+            console.print(f"After {mode}: {held}: {'equal' if check.equal else 'NOT EQUAL'}")
 
 
-def _report(demo: Demo, summaries: list[Summary], trees: dict[str, TreeCheck], *, identical: bool) -> dict[str, object]:
+def _report(demo: Demo, summaries: list[Summary], trees: Trees, *, identical: bool) -> dict[str, object]:
     return {
         "answers_identical": identical,
         "hit_share": summaries[0].hit_share,
         "hit_share_of_maximum": summaries[0].hit_share_of_maximum,
-        "trees_equal": all(check.equal for check in trees.values()),
+        "trees_equal": _all_equal(trees),
         "modes": {line.mode: asdict(line) for line in summaries},
-        "trees": {worker: asdict(check) for worker, check in trees.items()},
+        "trees": {mode: {name: asdict(check) for name, check in checks.items()} for mode, checks in trees.items()},
         "rows": [asdict(row) for row in demo.rows],
     }

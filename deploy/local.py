@@ -103,6 +103,14 @@ class LocalCluster:
     ) -> None:
         await self.stop()
 
+    async def restarted(self, child: Child) -> None:
+        """Wait until a child that has died serves again."""
+        restarts = child.restarts
+        async with asyncio.timeout(READY_TIMEOUT_S):
+            while child.restarts == restarts:
+                await asyncio.sleep(0.02)
+            await child.ready.wait()
+
     async def stop(self) -> None:
         """End every process: workers first, so that they can take their leave; by force after a grace."""
         for task in self._tasks:
@@ -115,7 +123,7 @@ class LocalCluster:
     async def _start(self, child: Child) -> None:
         """Start a child and wait until it serves. Raises Unavailable when it ends before."""
         child.ready.clear()
-        command = (sys.executable, "-m", "deploy.cli", *child.arguments, "--supervised")
+        command = (sys.executable, "-m", "deploy.cli", "--log-level=warning", *child.arguments, "--supervised")
         # A session of its own: Ctrl-C reaches this process alone, which then ends the children in order.
         child.process = await asyncio.create_subprocess_exec(
             *command, stdin=PIPE, stdout=PIPE, env=self._environment, start_new_session=True
@@ -141,6 +149,7 @@ class LocalCluster:
             assert child.process is not None
             code = await child.process.wait()
             self._on_event(f"{child.name} ended (exit code {code}); restarting it")
+            child.ready.clear()
             child.restarts += 1
             while True:
                 await asyncio.sleep(delay_s)
