@@ -197,7 +197,8 @@ def _refuse_unsupported(fields: _Fields, architecture: str) -> None:
         raise fields.error("hidden_act", "silu")
     if values.get("quantization_config") is not None:
         raise fields.error("quantization_config", "unquantised weights (float32, float16, bfloat16)")
-    if any(kind != "full_attention" for kind in values.get("layer_types") or []):
+    kinds = values.get("layer_types") or []
+    if not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds):
         raise fields.error("layer_types", "full_attention in every layer")
     # Qwen3 slides only where use_sliding_window says so; elsewhere a window by itself means one.
     slides = fields.flag("use_sliding_window", default=architecture != QWEN3)

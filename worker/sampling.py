@@ -9,17 +9,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from worker.plan import SampledToken, SamplingInput
 
 Row = NDArray[np.float64]
+LOWEST = torch.finfo(torch.float32).min
 
 
 def sample(logits: Tensor, inputs: Sequence[SamplingInput]) -> list[SampledToken]:
     """One token for each row of `logits`, float32 [rows, vocab_size]."""
     assert logits.shape[0] == len(inputs)
+    logits = logits.nan_to_num(nan=LOWEST)  # all finite: a broken model's row must not break the others
     if all(map(_is_plain_greedy, inputs)):
         return [SampledToken(token) for token in logits.argmax(-1).tolist()]
     rows = logits.cpu().numpy()
@@ -37,7 +40,6 @@ def _has_penalties(wanted: SamplingInput) -> bool:
 
 
 def _sample_row(raw: Row, wanted: SamplingInput) -> SampledToken:
-    raw[np.isnan(raw)] = -np.inf  # a broken model's output must not break the others in the batch
     logits = raw.copy()
     if wanted.banned:
         logits[list(wanted.banned)] = -np.inf
@@ -67,8 +69,8 @@ def _draw(logits: Row, wanted: SamplingInput) -> int:
     """One draw by inverse transform from what temperature and filters leave."""
     params = wanted.params
     highest = logits.max()
-    if not np.isfinite(highest):  # nothing is allowed, or an infinite logit wins anyway
-        return int(logits.argmax())
+    if highest == -np.inf:  # nothing is allowed
+        return 0
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the highest to -inf
         weights = np.exp((logits - highest) / params.temperature)  # 1 for the most likely token
     if params.min_p > 0:

@@ -74,7 +74,7 @@ def make_tiny_model(
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", generation)
     save_file(_weights(checked, seed), directory / "model.safetensors", metadata={"format": "pt"})
-    _byte_tokenizer().save(str(directory / "tokenizer.json"))
+    byte_tokenizer().save(str(directory / "tokenizer.json"))
     _write_json(directory / "tokenizer_config.json", _tokenizer_config(max_position_embeddings))
     (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return directory
@@ -84,7 +84,7 @@ def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _byte_tokenizer() -> Tokenizer:
+def byte_tokenizer() -> Tokenizer:
     """Token ids 0 to 255 are the bytes; no merges, so that any text round-trips and pieces join seamlessly."""
     vocab = dict(sorted(BYTE_OF_CHAR.items(), key=lambda entry: entry[1]))
     tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
