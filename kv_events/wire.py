@@ -100,7 +100,7 @@ def _decode_batch(reader: _Reader) -> EventBatch:
         raise WireError(f"batch has {elements} elements: 8 are needed, with worker, epoch, seq and digest")
     ts = reader.number("ts")
     events = tuple(_decode_event(reader) for _ in range(reader.array_header("events", MAX_EVENTS_PER_BATCH)))
-    reader.integer("data_parallel_rank", 0, MAX_COUNT)
+    reader.skip()  # data_parallel_rank: a worker has a name
     reader.integer("version", VERSION, VERSION)
     worker = reader.text("worker")
     if not worker:

@@ -22,6 +22,7 @@ from rhizome.v1.worker_pb2_grpc import KvEventsServicer, KvEventsStub
 
 SNAPSHOT_CHUNK_BLOCKS = 2**16  # 1 MiB
 MAX_SNAPSHOT_BLOCKS = 2**24  # 256 MiB; a GPU of 192 GB holds about 2^17 blocks of 16 tokens of a small model
+MAX_REPLAY_BATCHES = 2**16  # a log keeps some thousands
 CALL_TIMEOUT_S = 30.0  # for a replay or a snapshot, whole
 
 _HASH_BYTES = 8
@@ -108,9 +109,17 @@ class GrpcEventSource:
             call.cancel()
 
     async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
-        request = pb.ReplayRequest(epoch=epoch, from_seq=from_seq)
-        with _translated():
-            return [wire.decode(frame.payload) async for frame in self._stub.Replay(request, timeout=CALL_TIMEOUT_S)]
+        call = self._stub.Replay(pb.ReplayRequest(epoch=epoch, from_seq=from_seq), timeout=CALL_TIMEOUT_S)
+        batches: list[EventBatch] = []
+        try:
+            with _translated():
+                async for frame in call:
+                    if len(batches) == MAX_REPLAY_BATCHES:
+                        raise wire.WireError(f"the replay holds more than {MAX_REPLAY_BATCHES} batches")
+                    batches.append(wire.decode(frame.payload))
+        finally:
+            call.cancel()
+        return batches
 
     async def snapshot(self) -> Snapshot:
         call = self._stub.Snapshot(pb.SnapshotRequest(), timeout=CALL_TIMEOUT_S)
@@ -120,9 +129,9 @@ class GrpcEventSource:
             with _translated():
                 async for chunk in call:
                     chunks.append(chunk)
-                    received += len(chunk.block_hashes) // _HASH_BYTES
+                    received += max(len(chunk.block_hashes), len(chunk.parent_hashes)) // _HASH_BYTES
                     if received > min(chunks[0].total_blocks, MAX_SNAPSHOT_BLOCKS) or len(chunks) > received + 1:
-                        raise wire.WireError(f"the snapshot holds more blocks than its {chunks[0].total_blocks}")
+                        raise wire.WireError(f"the snapshot goes on past its {chunks[0].total_blocks} blocks")
         finally:
             call.cancel()
         return _assembled(chunks)

@@ -1,0 +1,137 @@
+"""The cursor: batches in any order become instructions in the right one."""
+
+from __future__ import annotations
+
+import random
+
+import hypothesis.strategies as st
+from hypothesis import given
+
+from kv_events.cursor import (
+    Apply,
+    DropBlocks,
+    Duplicate,
+    EventCursor,
+    Instruction,
+    NeedReplay,
+    NeedSnapshot,
+    StaleEpoch,
+)
+from kv_events.events import EventBatch
+from radix.digest import EMPTY_DIGEST
+
+
+def batch(seq: int, epoch: int = 1) -> EventBatch:
+    return EventBatch("w0", epoch, seq, (), EMPTY_DIGEST, 0.0)
+
+
+def applied(instructions: tuple[Instruction, ...]) -> list[int]:
+    return [instruction.batch.seq for instruction in instructions if isinstance(instruction, Apply)]
+
+
+def at(epoch: int, next_seq: int, max_waiting: int = 256) -> EventCursor:
+    cursor = EventCursor(max_waiting)
+    cursor.restored(epoch, next_seq)
+    return cursor
+
+
+def test_a_stream_from_the_start_applies_as_it_comes() -> None:
+    """The first batch of an epoch needs no snapshot: a worker starts with nothing."""
+    cursor = EventCursor()
+    assert cursor.position == (0, 0)
+    dropped, first = cursor.offer(batch(0))
+    assert dropped == DropBlocks(1)
+    assert applied((first,)) == [0]
+    assert applied(cursor.offer(batch(1))) == [1]
+    assert cursor.position == (1, 2)
+
+
+def test_a_batch_that_was_applied_is_a_duplicate() -> None:
+    """And changes nothing."""
+    cursor = at(1, 5)
+    assert cursor.offer(batch(4)) == (Duplicate(),)
+    assert cursor.position == (1, 5)
+
+
+def test_a_gap_is_asked_for_until_it_is_closed_and_what_waits_joins_on() -> None:
+    """Each batch ahead of the gap asks again, as an answer may have been lost; the missing ones release all."""
+    cursor = at(1, 5)
+    assert cursor.offer(batch(7)) == (NeedReplay(1, 5),)
+    assert cursor.offer(batch(8)) == (NeedReplay(1, 5),)
+    assert cursor.offer(batch(7)) == (Duplicate(), NeedReplay(1, 5))
+    assert cursor.has_gap
+    assert applied(cursor.offer(batch(5))) == [5]
+    assert cursor.position == (1, 6)
+    assert applied(cursor.offer(batch(6))) == [6, 7, 8]
+    assert not cursor.has_gap
+
+
+def test_what_waits_is_bounded() -> None:
+    """Past the bound batches are let go, and come again with the replay."""
+    cursor = at(1, 5, max_waiting=2)
+    for seq in (7, 8, 9, 10):
+        assert cursor.offer(batch(seq)) == (NeedReplay(1, 5),)
+    assert applied(cursor.offer(batch(5))) == [5]
+    assert applied(cursor.offer(batch(6))) == [6, 7, 8]
+    assert applied(cursor.offer(batch(9))) == [9]
+
+
+def test_a_new_epoch_drops_the_old_blocks_at_once() -> None:
+    """From its first batch on it applies; from a later one, only a snapshot helps. What waited of the old is gone."""
+    cursor = at(1, 5)
+    cursor.offer(batch(9))
+    instructions = cursor.offer(batch(0, epoch=2))
+    assert instructions[0] == DropBlocks(2)
+    assert applied(instructions) == [0]
+    assert cursor.position == (2, 1)
+    assert not cursor.has_gap
+    assert cursor.offer(batch(3, epoch=3)) == (DropBlocks(3), NeedSnapshot())
+    assert cursor.position == (3, 0)
+    assert cursor.offer(batch(4, epoch=3)) == (NeedSnapshot(),)
+    assert applied(cursor.restored(3, 4)) == [4]
+    assert cursor.position == (3, 5)
+
+
+def test_an_old_epoch_never_applies() -> None:
+    """Whatever its number."""
+    cursor = at(4, 5)
+    for seq in (0, 5, 6):
+        assert cursor.offer(batch(seq, epoch=3)) == (StaleEpoch(),)
+    assert cursor.position == (4, 5)
+
+
+def test_a_snapshot_may_be_older_than_the_position() -> None:
+    """Then the stream is read again from there."""
+    cursor = at(1, 9)
+    assert cursor.restored(1, 6) == ()
+    assert cursor.position == (1, 6)
+    assert cursor.offer(batch(9)) == (NeedReplay(1, 6),)
+
+
+def test_a_snapshot_of_a_new_epoch_forgets_what_waits() -> None:
+    """Batches of the old epoch do not join on."""
+    cursor = at(1, 3)
+    cursor.offer(batch(5))
+    assert cursor.restored(2, 5) == ()
+    assert not cursor.has_gap
+
+
+@given(st.integers(1, 30), st.randoms(use_true_random=False), st.integers(0, 8))
+def test_any_order_with_duplicates_applies_each_batch_once_in_order(
+    count: int, shuffler: random.Random, max_waiting: int
+) -> None:
+    """Answering each NeedReplay, sooner or later, gives 0, 1, 2, ... exactly once."""
+    cursor = at(1, 0, max_waiting)
+    seen: list[int] = []
+    schedule = [*range(count), *shuffler.choices(range(count), k=count)]
+    shuffler.shuffle(schedule)
+    for seq in schedule:
+        seen += applied(cursor.offer(batch(seq)))
+        if shuffler.random() < 0.2:
+            for missing in range(cursor.position[1], seq):
+                seen += applied(cursor.offer(batch(missing)))
+    for missing in range(count):
+        seen += applied(cursor.offer(batch(missing)))
+    assert seen == list(range(count))
+    assert cursor.position == (1, count)
+    assert not cursor.has_gap

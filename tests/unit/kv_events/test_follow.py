@@ -1,0 +1,187 @@
+"""The follow loop against a source that fails in every way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable, Coroutine
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from kv_events.bus.follow import follow
+from kv_events.bus.memory import MemoryEventSource
+from kv_events.events import BlockStored, EventBatch, Snapshot
+from kv_events.log import EventLog
+from kv_events.view import WorkerView
+from kv_events.wire import WireError
+from radix.tree import make_tree
+from rhizome.errors import Conflict, Trimmed, Unavailable
+
+
+def append(log: EventLog, *hashes: int) -> EventBatch:
+    return log.append([BlockStored(np.array(hashes, dtype=np.uint64), 0, 16)], 0.0)
+
+
+class Troubled:
+    """A source whose next answers are replaced: `trouble[method]` is consumed call by call, batch by batch."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._real = MemoryEventSource(log)
+        self.snapshots: list[Exception | Callable[[Snapshot], Snapshot] | None] = []
+        self.replays: list[Exception] = []
+        self.batches: dict[int, Exception | Callable[[EventBatch], EventBatch] | None] = {}  # by seq, once
+        self.calls: list[str] = []
+
+    async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
+        self.calls.append("subscribe")
+        async for batch in self._real.subscribe(epoch, from_seq):
+            trouble = self.batches.pop(batch.seq, _keep)
+            if isinstance(trouble, Exception):
+                raise trouble
+            if trouble is not None:
+                yield trouble(batch)
+
+    async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
+        self.calls.append("replay")
+        if self.replays:
+            raise self.replays.pop(0)
+        return await self._real.replay(epoch, from_seq)
+
+    async def snapshot(self) -> Snapshot:
+        self.calls.append("snapshot")
+        trouble = self.snapshots.pop(0) if self.snapshots else None
+        if isinstance(trouble, Exception):
+            raise trouble
+        snapshot = await self._real.snapshot()
+        return trouble(snapshot) if trouble else snapshot
+
+
+def _keep(batch: EventBatch) -> EventBatch:
+    return batch
+
+
+def flip(batch: EventBatch) -> EventBatch:
+    return replace(batch, events=(BlockStored(np.array([2**50], dtype=np.uint64), 0, 16),))
+
+
+def spoil(snapshot: Snapshot) -> Snapshot:
+    return replace(snapshot, digest=bytes(16))
+
+
+def run(test: Coroutine[Any, Any, None]) -> None:
+    asyncio.run(asyncio.wait_for(test, 30))
+
+
+async def until_in_step(view: WorkerView, log: EventLog) -> None:
+    while not (view.synced and view.position() == (log.epoch, log.next_seq)):
+        await asyncio.sleep(0.001)
+    assert view.digest == log.digest
+
+
+async def followed(source: Troubled, log: EventLog, appends: int) -> WorkerView:
+    """A view after `appends` more batches."""
+    view = WorkerView("w0", 0, make_tree())
+    following = asyncio.create_task(follow(source, view, first_delay_s=0.001, max_delay_s=0.01))
+    try:
+        await until_in_step(view, log)
+        for block in range(appends):
+            append(log, 100 + block)
+        await until_in_step(view, log)
+    finally:
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+    assert following.cancelled()
+    return view
+
+
+@pytest.mark.parametrize("error", [Unavailable("away"), WireError("torn"), Trimmed("gone"), Conflict("other")])
+def test_an_error_in_the_stream_is_followed_by_another_try(error: Exception) -> None:
+    """A lost connection resumes from the position; anything else takes a snapshot."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        append(log, 1)
+        source = Troubled(log)
+        source.batches = {3: error}
+        await followed(source, log, 5)
+        again = ["subscribe"] if isinstance(error, Unavailable) else ["snapshot", "subscribe"]
+        assert source.calls == ["snapshot", "subscribe", *again]
+
+    run(test())
+
+
+def test_a_lost_batch_is_replayed() -> None:
+    """On the same subscription."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source = Troubled(log)
+        source.batches = {2: None}
+        view = await followed(source, log, 6)
+        assert source.calls == ["snapshot", "subscribe", "replay"]
+        assert view.counts.gaps == 1
+
+    run(test())
+
+
+def test_a_replay_that_is_trimmed_becomes_a_snapshot() -> None:
+    """The batches that are missing are not kept any more."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source = Troubled(log)
+        source.batches = {2: None}
+        source.replays = [Trimmed("gone")]
+        await followed(source, log, 6)
+        assert source.calls == ["snapshot", "subscribe", "replay", "snapshot", "subscribe"]
+
+    run(test())
+
+
+def test_a_wrong_batch_is_healed_by_a_snapshot() -> None:
+    """The digest shows it, and the view ends right."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source = Troubled(log)
+        source.batches = {2: flip, 4: flip}
+        view = await followed(source, log, 6)
+        assert view.counts.mismatches >= 1
+        assert source.calls.count("snapshot") == 1 + view.counts.mismatches
+
+    run(test())
+
+
+def test_snapshots_are_tried_until_one_verifies() -> None:
+    """Unreachable, spoiled and torn ones are nothing to build on."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        append(log, 1)
+        source = Troubled(log)
+        source.snapshots = [Unavailable("away"), spoil, WireError("torn"), spoil, None]
+        view = await followed(source, log, 2)
+        assert source.calls == ["snapshot"] * 5 + ["subscribe"]
+        assert view.counts.bad_snapshots == 2
+
+    run(test())
+
+
+def test_a_view_that_knows_its_position_needs_no_snapshot() -> None:
+    """A follower that starts again with the view it had subscribes from there."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        view = WorkerView("w0", 0, make_tree())
+        view.offer(append(log, 1))
+        append(log, 2)
+        source = Troubled(log)
+        following = asyncio.create_task(follow(source, view))
+        await until_in_step(view, log)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        assert source.calls == ["subscribe"]
+
+    run(test())

@@ -1,0 +1,206 @@
+"""A router's view of one worker: proved by digests, healed by snapshots, never another worker's."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from kv_events.bus import Resync
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, UnknownEvent
+from kv_events.log import EventLog
+from kv_events.view import WorkerView
+from radix.digest import EMPTY_DIGEST
+from radix.keys import ROOT_HASH, Hashes
+from radix.tree import make_tree
+
+
+def blocks(*hashes: int) -> Hashes:
+    return np.array(hashes, dtype=np.uint64)
+
+
+def store(*hashes: int, parent: int = ROOT_HASH) -> BlockStored:
+    return BlockStored(blocks(*hashes), parent, 16)
+
+
+class Pair:
+    """A worker's log and a router's view of it."""
+
+    def __init__(self, epoch: int = 1) -> None:
+        self.tree = make_tree()
+        self.view = WorkerView("w0", 4, self.tree)
+        self.log = EventLog("w0", epoch, 16)
+
+    def restart(self) -> None:
+        self.log = EventLog("w0", self.log.epoch + 1, 16)
+
+    def check_equal(self) -> None:
+        self.tree.check()
+        snapshot = self.log.snapshot()
+        assert self.view.synced
+        assert self.view.digest == snapshot.digest
+        assert self.tree.blocks(4).tolist() == sorted(snapshot.block_hashes.tolist())
+        assert self.view.position() == (self.log.epoch, self.log.next_seq)
+
+
+@pytest.fixture
+def pair() -> Pair:
+    return Pair()
+
+
+def test_a_view_follows_a_log(pair: Pair) -> None:
+    """Stores, removals and clears arrive in the tree under the worker's index, and the digests agree."""
+    assert not pair.view.synced
+    assert pair.view.position() == (0, 0)
+    steps = ([store(1, 2, 3)], [BlockRemoved(blocks(2))], [], [AllBlocksCleared(), store(7), store(8, parent=7)])
+    for step in steps:
+        assert pair.view.offer(pair.log.append(step, 0.0)) is Resync.NONE
+        pair.check_equal()
+    assert pair.tree.match(blocks(7, 8)).as_dict() == {4: 2}
+    assert pair.view.counts.applied == 4
+
+
+def test_a_missing_batch_asks_for_a_replay(pair: Pair) -> None:
+    """Until it has come the view is not in step; one gap is counted once."""
+    first, lost, third, fourth = (pair.log.append([store(block)], 0.0) for block in (1, 2, 3, 4))
+    pair.view.offer(first)
+    assert pair.view.offer(third) is Resync.REPLAY
+    assert not pair.view.synced
+    assert pair.view.offer(fourth) is Resync.REPLAY
+    assert pair.view.counts.gaps == 1
+    assert pair.view.offer(lost) is Resync.NONE
+    pair.check_equal()
+    assert pair.view.offer(lost) is Resync.NONE
+    assert pair.view.counts.duplicates == 1
+
+
+def test_a_wrong_hash_is_noticed_with_its_batch_and_healed(pair: Pair) -> None:
+    """A bit that flipped on the way is a mismatch at once, counted once, and gone with the next snapshot."""
+    pair.view.offer(pair.log.append([store(1, 2)], 0.0))
+    right = pair.log.append([store(3)], 0.0)
+    assert pair.view.offer(replace(right, events=(store(3 ^ 64),))) is Resync.SNAPSHOT
+    assert not pair.view.synced
+    assert pair.view.offer(pair.log.append([store(5)], 0.0)) is Resync.SNAPSHOT
+    assert pair.view.counts.mismatches == 1
+    assert pair.view.restore(pair.log.snapshot())
+    pair.check_equal()
+    assert pair.view.counts.resyncs == 1
+
+
+def test_a_wrong_view_that_becomes_right_is_in_step_again(pair: Pair) -> None:
+    """After a clear both sides hold nothing: the digest proves it, and no snapshot is needed."""
+    right = pair.log.append([store(3)], 0.0)
+    pair.view.offer(replace(right, events=(store(4),)))
+    assert pair.view.offer(pair.log.append([AllBlocksCleared(), store(9)], 0.0)) is Resync.NONE
+    pair.check_equal()
+
+
+def test_an_unknown_event_matters_only_if_the_digest_says_so(pair: Pair) -> None:
+    """A newer worker's news that changes nothing is passed over; what it changed unseen leads to a snapshot."""
+    harmless = replace(pair.log.append([], 0.0), events=(UnknownEvent("BlockTouched"),))
+    assert pair.view.offer(harmless) is Resync.NONE
+    unseen = replace(pair.log.append([store(1)], 0.0), events=(UnknownEvent("BlockStoredV2"),))
+    assert pair.view.offer(unseen) is Resync.SNAPSHOT
+    assert pair.view.restore(pair.log.snapshot())
+    pair.check_equal()
+
+
+def test_a_restarted_worker_loses_its_old_blocks_at_once(pair: Pair) -> None:
+    """Whether its first or a later batch is seen; batches of the old incarnation are counted and ignored."""
+    pair.view.offer(pair.log.append([store(1, 2)], 0.0))
+    zombie = pair.log.append([store(3)], 0.0)
+    pair.restart()
+    assert pair.view.offer(pair.log.append([store(9)], 0.0)) is Resync.NONE
+    pair.check_equal()
+    assert pair.view.offer(zombie) is Resync.NONE
+    assert pair.view.counts.stale == 1
+    pair.check_equal()
+    pair.restart()
+    pair.log.append([store(5)], 0.0)
+    assert pair.view.offer(pair.log.append([store(6)], 0.0)) is Resync.SNAPSHOT
+    assert pair.tree.count(4) == 0
+    assert not pair.view.synced
+    assert pair.view.restore(pair.log.snapshot())
+    pair.check_equal()
+
+
+def test_a_snapshot_brings_parents_and_joins_with_what_waits(pair: Pair) -> None:
+    """The links between blocks survive it, and batches that came ahead are applied on top."""
+    steps = ([store(1, 2, 3)], [store(7, parent=2), store(8)], [BlockRemoved(blocks(2))])
+    for step in steps:
+        pair.log.append(step, 0.0)
+    snapshot = pair.log.snapshot()
+    later = pair.log.append([store(9)], 0.0)
+    assert pair.view.offer(later) is Resync.SNAPSHOT
+    assert pair.view.restore(snapshot)
+    pair.check_equal()
+    assert pair.tree.children(2).tolist() == [3, 7]
+    assert pair.tree.children(ROOT_HASH).tolist() == [1, 8, 9]
+
+
+def test_a_snapshot_that_does_not_verify_is_refused(pair: Pair) -> None:
+    """Nothing of it gets into the tree: not a wrong hash, not another's, not an old incarnation's, not the root."""
+    pair.view.offer(pair.log.append([store(1, 2)], 0.0))
+    right = pair.log.snapshot()
+    pair.restart()
+    pair.view.offer(pair.log.append([store(3)], 0.0))
+    now = pair.log.snapshot()
+    bad = [
+        right,  # of the old epoch
+        replace(now, block_hashes=blocks(3 ^ 1)),
+        replace(now, worker="w1"),
+        replace(now, block_hashes=blocks(3, 3), parent_hashes=blocks(0, 0)),
+        replace(now, block_hashes=blocks(0)),
+        replace(now, parent_hashes=blocks()),
+        replace(now, epoch=0),
+    ]
+    for snapshot in bad:
+        assert not pair.view.restore(snapshot)
+        pair.check_equal()
+    assert pair.view.counts.bad_snapshots == len(bad)
+
+
+def test_a_snapshot_older_than_a_view_in_step_is_not_taken(pair: Pair) -> None:
+    """There is nothing to gain from going back."""
+    pair.view.offer(pair.log.append([store(1)], 0.0))
+    old = pair.log.snapshot()
+    pair.view.offer(pair.log.append([store(2)], 0.0))
+    assert pair.view.restore(old)
+    pair.check_equal()
+    assert pair.view.counts.resyncs == 0
+
+
+def test_a_snapshot_older_than_a_wrong_view_is(pair: Pair) -> None:
+    """The view goes back to what is proved, and reads the stream again from there."""
+    first = pair.log.append([store(1)], 0.0)
+    pair.view.offer(replace(first, events=(store(2),)))
+    old = pair.log.snapshot()
+    second = pair.log.append([store(3)], 0.0)
+    pair.view.offer(second)
+    assert pair.view.restore(old)
+    assert pair.view.position() == (1, 1)
+    assert pair.view.offer(second) is Resync.NONE
+    pair.check_equal()
+
+
+def test_a_worker_changes_only_its_own_entries(pair: Pair) -> None:
+    """A batch in another's name is not applied, whatever it says, and blocks of others stay."""
+    pair.tree.store(5, blocks(1, 2))
+    batch = EventBatch("w1", 9, 0, (AllBlocksCleared(), store(4)), EMPTY_DIGEST, 0.0)
+    assert pair.view.offer(batch) is Resync.NONE
+    assert pair.view.counts.stale == 1
+    assert pair.view.position() == (0, 0)
+    pair.view.offer(pair.log.append([store(1), AllBlocksCleared()], 0.0))
+    assert pair.tree.blocks(5).tolist() == [1, 2]
+
+
+def test_a_worker_that_is_gone_is_forgotten(pair: Pair) -> None:
+    """Its blocks leave the tree, and it may come back in whatever epoch."""
+    pair.view.offer(pair.log.append([store(1)], 0.0))
+    pair.view.forget()
+    assert len(pair.tree) == 0
+    assert pair.view.position() == (0, 0)
+    assert not pair.view.synced
+    assert pair.view.restore(pair.log.snapshot())
+    pair.check_equal()
