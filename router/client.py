@@ -22,7 +22,12 @@ from rhizome.v1 import generation_pb2, router_pb2, router_pb2_grpc, worker_pb2_g
 POLL_S = 0.05
 CALL_TIMEOUT_S = 30.0
 
-_NOT_READY = (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.DEADLINE_EXCEEDED)
+_NOT_READY = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.NOT_FOUND,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+)
 
 
 class Ask(TypedDict, total=False):
