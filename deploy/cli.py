@@ -44,11 +44,12 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="engine workers")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="the router's port; 0 takes a free one")] = 7700,
+    kv_cache_mib: Annotated[int, typer.Option(min=1, help="memory for KV blocks of each worker, MiB")] = 1024,
 ) -> None:
     """Start a cluster on this machine: a router and its workers. Ctrl-C ends all of it."""
     from deploy.local import run_cluster
 
-    asyncio.run(run_cluster(model, workers, port))
+    asyncio.run(run_cluster(model, workers, port, kv_cache_mib))
 
 
 @app.command()
@@ -78,7 +79,7 @@ def worker(
     role: Annotated[str, typer.Option(help="both, prefill or decode")] = "both",
     model_name: Annotated[str | None, typer.Option(help="as clients call it [default: the folder's name]")] = None,
     block_size: Annotated[int, typer.Option(help="tokens in a KV block")] = 16,
-    kv_cache_mib: Annotated[int, typer.Option(help="memory for KV blocks, MiB")] = 256,
+    kv_cache_mib: Annotated[int, typer.Option(help="memory for KV blocks, MiB")] = 1024,
     max_model_len: Annotated[int | None, typer.Option(help="tokens of a request [default: the model's]")] = None,
     max_batched_tokens: Annotated[int, typer.Option(help="token budget of an engine step")] = 512,
     max_running: Annotated[int, typer.Option(help="sequences that run at once")] = 64,

@@ -178,7 +178,7 @@ async def _end(child: Child) -> None:
         process.stdin.close()
 
 
-async def run_cluster(model_dir: Path | None, workers: int, port: int) -> None:
+async def run_cluster(model_dir: Path | None, workers: int, port: int, kv_cache_mib: int) -> None:
     """A cluster until Ctrl-C or SIGTERM. Without a checkpoint a tiny one is made for the time."""
     stopped = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -191,7 +191,8 @@ async def run_cluster(model_dir: Path | None, workers: int, port: int) -> None:
 
             model_dir = Path(folder) / "tiny"
             make_tiny_model(model_dir)
-        async with LocalCluster(model_dir, workers, port=port, on_event=_say) as cluster:
+        arguments = ("--kv-cache-mib", str(kv_cache_mib))
+        async with LocalCluster(model_dir, workers, port=port, worker_arguments=arguments, on_event=_say) as cluster:
             _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
             await stopped.wait()
             _say("stopping")

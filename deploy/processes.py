@@ -50,7 +50,7 @@ class WorkerSettings:
     role: str = "both"
     model_name: str | None = None  # default: the checkpoint folder's name
     block_size: int = 16
-    kv_cache_mib: int = 256
+    kv_cache_mib: int = 1024  # taken from the system as blocks are used
     max_model_len: int | None = None
     max_batched_tokens: int = 512
     max_running: int = 64

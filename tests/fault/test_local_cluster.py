@@ -17,6 +17,7 @@ from deploy.local import LocalCluster
 from rhizome.errors import Unavailable
 from rhizome.v1 import router_pb2
 from router.client import Client
+from tests.support.processes import Launcher, wait_until_gone
 
 SMALL = ("--kv-cache-mib", "8")
 
@@ -149,35 +150,18 @@ def test_a_port_in_use_ends_the_command_with_one_line(tiny_model: Path) -> None:
 
 def test_children_end_when_their_parent_is_killed(tiny_model: Path) -> None:
     """SIGKILL leaves the launcher no time to clean up; its children notice."""
-    command = (sys.executable, "-m", "deploy.cli", "up", "--model", str(tiny_model), "--workers", "1", "--port", "0")
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert launcher.stderr is not None
-    pids = []
-    for line in launcher.stderr:
-        if "(pid " in line:
-            pids.append(int(line.rpartition("(pid ")[2].rstrip(")\n")))
-        if line.startswith("ready:"):
-            break
-    assert len(pids) == 2
-    launcher.kill()
-    # The children hold the launcher's standard error too: its end is theirs.
-    launcher.stderr.read()
-    launcher.wait()
-    for pid in pids:
-        with pytest.raises(ProcessLookupError):
-            os.kill(pid, 0)
-    launcher.stderr.close()
+    with Launcher(tiny_model) as launcher:
+        launcher.process.kill()
+    assert len(launcher.children) == 2
+    for pid in launcher.children:
+        wait_until_gone(pid)
 
 
 def test_ctrl_c_ends_all_of_it(tiny_model: Path) -> None:
-    """SIGINT to the launcher: it exits with 0, and so did every child before it."""
-    command = (sys.executable, "-m", "deploy.cli", "up", "--model", str(tiny_model), "--workers", "1", "--port", "0")
-    launcher = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    assert launcher.stderr is not None
-    for line in launcher.stderr:
-        if line.startswith("ready:"):
-            break
-    launcher.send_signal(signal.SIGINT)
-    rest = launcher.stderr.read()
-    launcher.stderr.close()
-    assert launcher.wait(timeout=30) == 0, rest
+    """SIGINT to the launcher: it exits with 0, and every child has ended before it."""
+    with Launcher(tiny_model) as launcher:
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.process.wait(timeout=30) == 0
+    for pid in launcher.children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
