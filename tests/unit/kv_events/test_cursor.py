@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 import hypothesis.strategies as st
-from hypothesis import given
+from hypothesis import given, settings
 
 from kv_events.cursor import (
     Apply,
@@ -116,6 +116,7 @@ def test_a_snapshot_of_a_new_epoch_forgets_what_waits() -> None:
     assert not cursor.has_gap
 
 
+@settings(deadline=None)
 @given(st.integers(1, 30), st.randoms(use_true_random=False), st.integers(0, 8))
 def test_any_order_with_duplicates_applies_each_batch_once_in_order(
     count: int, shuffler: random.Random, max_waiting: int

@@ -8,7 +8,7 @@ import threading
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from kv_events import wire
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot, UnknownEvent
@@ -35,12 +35,14 @@ def new_log(capacity: int = 100) -> EventLog:
 
 
 EVENTS = st.one_of(
-    st.builds(lambda hashes: store(*hashes), st.lists(st.integers(1, 12), max_size=4)),
+    # Ascending, so that no two blocks descend from each other: hashing cannot do that.
+    st.builds(lambda hashes: store(*sorted(hashes)), st.lists(st.integers(1, 12), max_size=4)),
     st.builds(lambda hashes: remove(*hashes), st.lists(st.integers(1, 12), max_size=4)),
     st.just(AllBlocksCleared()),
 )
 
 
+@settings(deadline=None)
 @given(st.lists(st.lists(EVENTS, max_size=4), max_size=15))
 def test_the_log_is_a_set_with_a_digest(steps: list[list[Event]]) -> None:
     """Stores of what is held and removals of what is not change nothing; a clear empties; each batch has its digest."""

@@ -70,6 +70,7 @@ BATCHES = st.builds(
 )
 
 
+@settings(deadline=None)
 @given(BATCHES, st.booleans())
 def test_what_is_encoded_is_read_back(sent: EventBatch, positional: bool) -> None:
     """Every field of every event, in both encodings, with arrays of the right types."""
@@ -264,7 +265,7 @@ def test_claimed_sizes_allocate_nothing(header: bytes) -> None:
     assert peak < 2**20
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(st.binary(max_size=200))
 def test_random_bytes_raise_wire_error_only(payload: bytes) -> None:
     """Any bytes decode or raise WireError."""
@@ -272,7 +273,7 @@ def test_random_bytes_raise_wire_error_only(payload: bytes) -> None:
         wire.decode(payload)
 
 
-@settings(max_examples=500)
+@settings(max_examples=500, deadline=None)
 @given(BATCHES, st.booleans(), st.randoms(use_true_random=False))
 def test_damaged_batches_raise_wire_error_only(sent: EventBatch, positional: bool, damage: random.Random) -> None:
     """A batch with bytes changed, cut out or doubled decodes to some batch or raises WireError."""

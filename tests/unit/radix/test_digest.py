@@ -5,7 +5,7 @@ from __future__ import annotations
 import hypothesis.strategies as st
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 
 from radix.digest import DIGEST_BYTES, EMPTY_DIGEST, SetDigest, digest_of
 from radix.keys import Hashes
@@ -29,6 +29,7 @@ def test_the_mix_is_splitmix64s() -> None:
     assert digest_of(blocks([0]))[:8] == (0xE220A8397B1DCDAF).to_bytes(8, "little")
 
 
+@settings(deadline=None)
 @given(SETS, st.randoms(use_true_random=False))
 def test_order_and_steps_do_not_matter(hashes: list[int], shuffler: object) -> None:
     """A set added at once, in any order, or one by one with others that go again, has one digest."""
@@ -42,6 +43,7 @@ def test_order_and_steps_do_not_matter(hashes: list[int], shuffler: object) -> N
     assert digest.value == digest_of(blocks(hashes)) == digest_of(blocks(shuffled))
 
 
+@settings(deadline=None)
 @given(SETS.filter(bool), st.integers(0, 63), st.data())
 def test_a_flipped_bit_shows(hashes: list[int], bit: int, data: st.DataObject) -> None:
     """One wrong bit of one hash, or one missing hash, changes both lanes."""
