@@ -1,0 +1,158 @@
+"""Load: own reservations squared with what workers report."""
+
+from __future__ import annotations
+
+import pytest
+
+from rhizome.errors import Duplicate, Overloaded
+from router import load as load_module
+from router.fleet import WorkerReport
+from router.load import SILENCE_LIMIT_S, Load, Reservation
+
+
+def reserve(
+    load: Load, name: str, tokens: int = 100, *, streamed: bool = True, now: float = 0.0, worker: str = "w"
+) -> None:
+    load.reserve(
+        Reservation(
+            request_id=name,
+            worker_id=worker,
+            prefill_tokens=tokens,
+            blocks=tokens // 10,
+            sequences=1,
+            predicted_ttft_s=0.1,
+            routed_at=now,
+            streamed=streamed,
+        )
+    )
+
+
+def make_load(*workers: str) -> Load:
+    load = Load()
+    for worker in workers or ("w",):
+        load.add_worker(worker)
+    return load
+
+
+def left(load: Load) -> dict[str, int]:
+    return {name: request.prefill_tokens for name, request in load.of("w").reservations.items()}
+
+
+def test_a_request_counts_from_the_decision_to_its_end() -> None:
+    """Its tokens until its first token, its sequences and blocks until it ends."""
+    load = make_load()
+    reserve(load, "a", 100)
+    reserve(load, "b", 50)
+    state = load.of("w")
+    assert (state.queued_prefill_tokens, state.sequences, state.decoding, state.pending_blocks) == (150, 2, 0, 15)
+    assert load.prefilled("a", 1.0) is not None
+    assert load.prefilled("a", 1.0) is None
+    assert (state.queued_prefill_tokens, state.sequences, state.decoding) == (50, 2, 1)
+    assert load.release("a") is not None
+    assert load.release("a") is None
+    assert (state.queued_prefill_tokens, state.sequences, state.decoding, state.pending_blocks) == (50, 1, 0, 5)
+    load.check(["w"])
+
+
+def test_what_others_sent_to_a_worker_is_seen_in_its_reports() -> None:
+    """Beyond the own reservations only; it goes when the reports say so."""
+    load = make_load()
+    reserve(load, "a", 100)
+    load.report("w", WorkerReport(running=3, waiting=2, prefill_tokens_outstanding=700, blocks_in_use=7), 1.0)
+    state = load.of("w")
+    assert (state.queued_prefill_tokens, state.sequences, state.decoding, state.blocks_in_use) == (700, 5, 4, 7)
+    load.report("w", WorkerReport(running=1, prefill_tokens_outstanding=100), 2.0)
+    assert (state.queued_prefill_tokens, state.sequences) == (100, 1)
+
+
+def test_a_report_shows_how_far_requests_are() -> None:
+    """Requests that a worker surely has cannot have more left than it reports; younger ones may be new to it."""
+    load = make_load()
+    reserve(load, "a", 1000)
+    reserve(load, "b", 1000)
+    load.report("w", WorkerReport(prefill_tokens_outstanding=0), 1.0)  # may be older than the requests
+    state = load.of("w")
+    assert state.queued_prefill_tokens == 2000
+    reserve(load, "c", 500)
+    load.report("w", WorkerReport(prefill_tokens_outstanding=1400), 2.0)
+    assert {name: request.prefill_tokens for name, request in state.reservations.items()} == {
+        "a": 400,
+        "b": 1000,
+        "c": 500,
+    }
+    load.prefilled("a", 2.1)
+    assert state.queued_prefill_tokens == 1500
+    load.report("w", WorkerReport(prefill_tokens_outstanding=300), 3.0)
+    assert left(load) == {"a": 0, "b": 0, "c": 300}
+    load.check(["w"])
+
+
+def test_blocks_are_pending_until_a_report_counts_them() -> None:
+    """A request whose prefill is done is in the next report's blocks in use, and no longer promised."""
+    load = make_load()
+    reserve(load, "a", 100)
+    load.prefilled("a", 0.1)
+    assert load.of("w").pending_blocks == 10
+    load.report("w", WorkerReport(blocks_in_use=11), 1.0)
+    assert load.of("w").pending_blocks == 0
+    load.release("a")
+    load.check(["w"])
+
+
+def test_direct_requests_live_by_the_workers_word() -> None:
+    """First token and end come in reports; one that nobody speaks of any more expires; a stream's end is its own."""
+    load = make_load()
+    reserve(load, "direct", streamed=False)
+    reserve(load, "streamed")
+    word = WorkerReport(
+        prefilled_request_ids=("direct", "unknown"), finished_request_ids=("streamed", "unknown"), running=2
+    )
+    assert [request.request_id for request in load.report("w", word, 5.0)] == ["direct"]
+    assert "streamed" in load
+    load.report("w", WorkerReport(finished_request_ids=("direct",)), 6.0)
+    assert "direct" not in load
+    reserve(load, "silent", streamed=False, now=10.0)
+    load.report("w", WorkerReport(prefilled_request_ids=("silent",)), 20.0)
+    assert load.expire(20.0 + SILENCE_LIMIT_S - 0.1) == []
+    assert [request.request_id for request in load.expire(20.0 + SILENCE_LIMIT_S)] == ["silent"]
+    assert "streamed" in load
+    load.check(["w"])
+
+
+def test_only_the_worker_that_has_a_request_speaks_of_it() -> None:
+    """Another worker's report that names it changes nothing."""
+    load = make_load("v", "w")
+    reserve(load, "a", worker="w", streamed=False)
+    load.report("v", WorkerReport(prefilled_request_ids=("a",), finished_request_ids=("a",)), 1.0)
+    assert "a" in load
+    assert load.of("w").decoding == 0
+
+
+def test_a_dropped_worker_takes_its_load_along_and_a_stream_keeps_its_id() -> None:
+    """Until the stream has ended the id stays in flight, and its end touches nothing of the new incarnation."""
+    load = make_load()
+    reserve(load, "streamed")
+    reserve(load, "direct", streamed=False)
+    load.drop_worker("w")
+    assert ("streamed" in load, "direct" in load) == (True, False)
+    load.add_worker("w")
+    with pytest.raises(Duplicate):
+        reserve(load, "streamed")
+    assert load.of("w").sequences == 0
+    load.prefilled("streamed", 1.0)
+    load.release("streamed")
+    assert load.of("w").sequences == 0
+    assert len(load) == 0
+    load.check(["w"])
+
+
+def test_requests_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One too many is refused and leaves no trace."""
+    monkeypatch.setattr(load_module, "MAX_IN_FLIGHT", 2)
+    load = make_load()
+    reserve(load, "a")
+    reserve(load, "b")
+    with pytest.raises(Overloaded):
+        reserve(load, "c")
+    assert load.of("w").sequences == 2
+    load.check(["w"])
