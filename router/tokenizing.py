@@ -90,7 +90,11 @@ class PromptTokenizer:
         pieces, length = [], 0
         try:
             for piece in self._template.generate(
-                messages=[dict(message) for message in messages], add_generation_prompt=True, **self._variables
+                messages=[dict(message) for message in messages],
+                tools=None,
+                documents=None,
+                add_generation_prompt=True,
+                **self._variables,
             ):
                 pieces.append(piece)
                 length += len(piece)

@@ -41,14 +41,16 @@ def predicted(costs: StepCosts, tokens: int) -> float:
     seed=st.integers(0, 2**32),
 )
 def test_it_converges_to_the_workers_costs(costs: StepCosts, seed: int) -> None:
-    """After some mixed reports predictions are within a fifth or 2 ms, for a step of one token as for one of 512."""
+    """After some mixed reports predictions are within a fifth, or a hundredth of the longest step."""
     timing, report, random = WorkerTiming(), WorkerReport(), Random(seed)
     for number in range(40):
         steps = [random.choice((1, 20, 100, 512)) for _ in range(random.randint(1, 8))]
         report = after(report, steps, costs, decode_steps=5)
         timing.observe(report, PRIOR, 0.5 * number)
     for tokens in (1, 512):
-        assert predicted(timing.costs, tokens) == pytest.approx(predicted(costs, tokens), rel=0.2, abs=0.002)
+        assert predicted(timing.costs, tokens) == pytest.approx(
+            predicted(costs, tokens), rel=0.2, abs=0.01 * predicted(costs, 512)
+        )
     assert timing.costs.decode_step_s == pytest.approx(costs.decode_step_s, rel=0.2)
 
 

@@ -1,0 +1,44 @@
+"""Index: workers by name over a tree that knows them by number."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from kv_events.events import BlockStored
+from kv_events.log import EventLog
+from radix.keys import Hashes
+from router.index import Index
+
+
+def hold(index: Index, worker_id: str, hashes: Hashes) -> None:
+    index.view(worker_id).offer(EventLog(worker_id, 1, 16).append([BlockStored(hashes, 0, 16)], 0.0))
+
+
+def test_matches_come_by_name() -> None:
+    """Each worker with its own depth; those that hold nothing are left out."""
+    index = Index()
+    hashes = np.arange(1, 6, dtype=np.uint64)
+    for name in ("a", "b", "c"):
+        index.add(name)
+    hold(index, "a", hashes[:2])
+    hold(index, "c", hashes)
+    assert index.match(hashes) == {"a": 2, "c": 5}
+    assert index.match(hashes[:0]) == {}
+    index.check(["a", "b", "c"])
+
+
+def test_numbers_are_used_again_and_nothing_is_inherited() -> None:
+    """A worker that comes after a dropped one gets its number, not its blocks; numbers stay dense."""
+    index = Index()
+    hashes = np.arange(1, 4, dtype=np.uint64)
+    for name in ("a", "b", "c"):
+        index.add(name)
+        hold(index, name, hashes)
+    index.drop("b")
+    index.drop("a")
+    index.drop("unknown")
+    assert index.match(hashes) == {"c": 3}
+    index.check(["c"])
+    assert [index.add(name).worker_index for name in ("d", "e", "f")] == [0, 1, 3]
+    assert index.match(hashes) == {"c": 3}
+    index.check(["c", "d", "e", "f"])

@@ -1,0 +1,103 @@
+"""Messages: nothing is lost between the wire and the core."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+
+import pytest
+
+from rhizome.errors import InvalidRequest
+from rhizome.v1 import fleet_pb2, generation_pb2, router_pb2, worker_pb2
+from router.client import Completion, build_request
+from router.fleet import ModelCard, Role, WorkerReport
+from router.links import MAX_TOKENIZER_FILES, collect_files
+from router.messages import parse, worker_info, worker_report
+from router.tokenizing import BadTokenizer
+
+
+def test_every_field_of_a_status_reaches_the_core() -> None:
+    """The core's report has the wire's fields, all but who speaks; a new one must not be forgotten."""
+    names = {field.name for field in worker_pb2.WorkerStatus.DESCRIPTOR.fields}
+    assert {field.name for field in fields(WorkerReport)} == names - {"worker_id", "epoch"}
+    status = worker_pb2.WorkerStatus(running=1, decode_s=0.5, prefilled_request_ids=["a"], finished_request_ids=["b"])
+    assert worker_report(status) == WorkerReport(
+        running=1, decode_s=0.5, prefilled_request_ids=("a",), finished_request_ids=("b",)
+    )
+
+
+def test_a_registration_reaches_the_core() -> None:
+    """All of it."""
+    card = fleet_pb2.ModelCard(name="m", max_model_len=1, vocab_size=2, block_size=3, tokenizer_sha256="t")
+    request = fleet_pb2.RegisterRequest(worker_id="w", epoch=4, address="h:1", role=3, model=card, max_waiting=8)  # type: ignore[arg-type]
+    info = worker_info(request)
+    assert (info.worker_id, info.epoch, info.role, info.max_waiting) == ("w", 4, Role.DECODE, 8)
+    assert info.model == ModelCard("m", 1, 2, 3, "t")
+
+
+def test_bytes_that_are_no_message_are_refused() -> None:
+    """By the name of the message."""
+    assert parse(router_pb2.GenerateRequest, b"") == router_pb2.GenerateRequest()
+    with pytest.raises(InvalidRequest, match=r"rhizome\.v1\.GenerateRequest"):
+        parse(router_pb2.GenerateRequest, b"\xff")
+
+
+def test_a_client_builds_what_it_is_asked_for() -> None:
+    """Prompt, sampling and options each in its place; unset stays unset."""
+    request = build_request("hi", model="m", priority=-3, temperature=0.0, stop=["x"], n=2)
+    assert (request.text, request.model, request.priority) == ("hi", "m", -3)
+    assert request.sampling == generation_pb2.SamplingParams(temperature=0.0, stop=["x"], n=2)
+    assert not request.sampling.HasField("top_p")
+    assert build_request(messages=[]).WhichOneof("prompt") == "chat"
+    assert build_request(token_ids=[1, 2]).token_ids.packed == b"\1\0\0\0\2\0\0\0"
+
+
+@pytest.mark.parametrize(
+    ("ask", "field"),
+    [
+        ({}, "prompt"),
+        ({"messages": [], "token_ids": []}, "prompt"),
+        ({"messages": [{"role": "user"}]}, "prompt"),
+        ({"token_ids": [2**32]}, "prompt"),
+        ({"token_ids": ["x"]}, "prompt"),
+        ({"messages": [], "n": -1}, "sampling.n"),
+        ({"messages": [], "temperature": "hot"}, "sampling.temperature"),
+        ({"messages": [], "stop": 7}, "sampling.stop"),
+        ({"messages": [], "priority": 2**40}, "priority"),
+        ({"messages": [], "unheard_of": 1}, "sampling.unheard_of"),
+    ],
+)
+def test_what_no_message_can_hold_is_named(ask: dict[str, object], field: str) -> None:
+    """Before anything is sent."""
+    with pytest.raises(InvalidRequest) as caught:
+        build_request(**ask)  # type: ignore[arg-type]
+    assert caught.value.field == field
+
+
+def test_a_completion_is_put_together_from_chunks() -> None:
+    """Choices come interleaved; times are those of the first and the last chunk."""
+    completion = Completion()
+    usage = generation_pb2.Usage(prompt_tokens=7, cached_tokens=4, completion_tokens=1)
+    done = generation_pb2.Usage(prompt_tokens=7, cached_tokens=4, completion_tokens=3)
+    completion.add(generation_pb2.GenerateChunk(index=1, text="b", token_ids=[9], worker_id="w", usage=usage), 0.5)
+    completion.add(generation_pb2.GenerateChunk(text="a", token_ids=[1]), 0.7)
+    last = generation_pb2.GenerateChunk(
+        text="c", token_ids=[2], finish_reason=generation_pb2.FINISH_REASON_LENGTH, usage=done
+    )
+    completion.add(last, 0.9)
+    assert (completion.text, completion.token_ids, completion.finish_reason) == ("ac", [1, 2], "length")
+    assert [choice.text for choice in completion.choices] == ["ac", "b"]
+    assert (completion.worker_id, completion.ttft_s, completion.total_s) == ("w", 0.5, 0.9)
+    assert (completion.prompt_tokens, completion.cached_tokens, completion.completion_tokens) == (7, 4, 3)
+
+
+def test_files_are_bounded() -> None:
+    """A worker cannot fill the router's memory with its tokenizer."""
+    import asyncio
+
+    async def pieces(count: int):  # type: ignore[no-untyped-def]
+        for number in range(count):
+            yield worker_pb2.FileChunk(name=f"f{number // 2}", data=b"x")
+
+    assert asyncio.run(collect_files(pieces(4))) == {"f0": b"xx", "f1": b"xx"}
+    with pytest.raises(BadTokenizer, match="more than"):
+        asyncio.run(collect_files(pieces(2 * MAX_TOKENIZER_FILES + 1)))
