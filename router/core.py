@@ -117,6 +117,16 @@ class Router:
         """Stop routing to a worker, or take that back; a new incarnation starts undrained. Raises NotServed."""
         self.fleet.get(worker_id).draining = draining
 
+    def set_unreachable(self, worker_id: str, epoch: int) -> None:
+        """A request could not get through: send no more until the worker is heard of again.
+
+        Else a dead worker, idle as it looks, would draw every request until its lease has run out. Unknown ones are
+        ignored.
+        """
+        member = self.fleet.find(worker_id, epoch)
+        if member is not None:
+            member.unreachable = True
+
     def view(self, worker_id: str) -> WorkerView:
         """The consumer of a registered worker's events. Not to be fed after the worker was dropped or replaced."""
         return self.index.view(worker_id)
@@ -193,14 +203,15 @@ class Router:
 
     def _able(self, model: str) -> list[Member]:
         members = self.fleet.serving(model)
-        able = [member for member in members if member.ready and not member.draining and member.info.role is Role.BOTH]
+        able = [member for member in members if _takes_requests(member)]
         if not able:
             partial = sum(member.info.role is not Role.BOTH for member in members)
             draining = sum(member.draining for member in members)
             starting = sum(not member.ready for member in members)
+            unreachable = sum(member.unreachable for member in members)
             raise Unavailable(
                 f"no worker takes requests for model {model}: of {len(members)} registered, {draining} draining, "
-                f"{starting} starting, {partial} of role prefill or decode (whole requests need role both)"
+                f"{starting} starting, {unreachable} unreachable, {partial} of role prefill or decode (not both)"
             )
         return able
 
@@ -251,6 +262,10 @@ class Router:
         assert sorted(self._timings) == sorted(names)
         self.load.check(names)
         self.index.check(names)
+
+
+def _takes_requests(member: Member) -> bool:
+    return member.ready and not member.draining and not member.unreachable and member.info.role is Role.BOTH
 
 
 def _all_full(candidates: Sequence[Candidate]) -> Overloaded:

@@ -79,6 +79,7 @@ class Member:
     lease_until: float
     ready: bool = False  # the router can tokenize for it
     draining: bool = False
+    unreachable: bool = False  # a request could not get through, and no heartbeat has come since
     report: WorkerReport | None = None
 
 
@@ -132,11 +133,16 @@ class Fleet:
 
     def get(self, worker_id: str, epoch: int | None = None) -> Member:
         """The member of that id (and incarnation). Raises NotServed."""
-        member = self._members.get(worker_id)
-        if member is None or epoch not in (None, member.info.epoch):
+        member = self.find(worker_id, epoch)
+        if member is None:
             incarnation = "" if epoch is None else f" of epoch {epoch}"
             raise NotServed(f"worker {worker_id}{incarnation} is not registered")
         return member
+
+    def find(self, worker_id: str, epoch: int | None = None) -> Member | None:
+        """The member of that id (and incarnation), if there is one."""
+        member = self._members.get(worker_id)
+        return member if member and epoch in (None, member.info.epoch) else None
 
     def card(self, model: str) -> ModelCard:
         """The card of a model, or of the only one where `model` is empty; its length is what every worker takes.
@@ -180,6 +186,7 @@ class Fleet:
             if info != known.info:
                 raise Conflict(f"worker {info.worker_id}: epoch {info.epoch} is registered from {known.info.address}")
             known.lease_until = now + self.lease_s
+            known.unreachable = False
             return False
         self._check_card(info)
         self._members.pop(info.worker_id, None)
@@ -208,6 +215,7 @@ class Fleet:
         member = self.get(worker_id, epoch)
         member.lease_until = now + self.lease_s
         member.report = report
+        member.unreachable = False
         return member
 
     def remove(self, worker_id: str, epoch: int) -> None:

@@ -70,6 +70,8 @@ class RouterService:
                 await context.write(chunk)
                 delivered += 1
         except grpc.aio.AioRpcError as error:
+            if error.code() is grpc.StatusCode.UNAVAILABLE:
+                self._router.set_unreachable(link.info.worker_id, link.info.epoch)
             await _pass_error_on(context, error, link, delivered)
         finally:
             call.cancel()

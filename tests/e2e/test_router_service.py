@@ -253,7 +253,8 @@ def test_a_worker_that_dies_amid_an_answer_is_named() -> None:
         assert "worker-0" in (error.details() or "")
         assert "after 1 chunks" in (error.details() or "")
         await running.nothing_in_flight()
-        await worker.deregister(running.address)
+        error = await refusal(running.client.complete("x"), grpc.StatusCode.UNAVAILABLE)
+        assert "1 unreachable" in (error.details() or "")  # nothing more is sent there before it is heard of again
         await running.join("worker-1")
         await running.ready()
         assert (await running.client.complete("x")).text == "hello world"

@@ -116,13 +116,25 @@ def test_who_may_not_serve_is_left_out() -> None:
     router.register(info("w2"), 0.0)
     assert [c.worker_id for c in router.explain(request()).candidates] == ["w0"]
     router.set_draining("w0", True)
-    with pytest.raises(Unavailable, match="of 3 registered, 1 draining, 1 starting, 1 of role prefill or decode"):
+    with pytest.raises(Unavailable, match="of 3 registered, 1 draining, 1 starting, 0 unreachable, 1 of role"):
         router.explain(request())
     router.set_draining("w0", False)
     with pytest.raises(NotServed, match="served: m"):
         router.explain(replace(request(), model="other"))
     with pytest.raises(InvalidRequest, match="policy"):
         router.explain(request(policy="best"))
+
+
+def test_an_unreachable_worker_gets_nothing_until_it_is_heard_of() -> None:
+    """Dead workers look idle: without this they would draw every request. A former incarnation changes nothing."""
+    router = router_with(info("w0", epoch=2))
+    router.set_unreachable("w0", 1)
+    router.explain(request())
+    router.set_unreachable("w0", 2)
+    with pytest.raises(Unavailable, match="1 unreachable"):
+        router.explain(request())
+    router.heartbeat("w0", 2, WorkerReport(), 1.0)
+    router.explain(request())
 
 
 def test_full_workers_refuse_and_say_when_to_come_back() -> None:
