@@ -210,4 +210,8 @@ async def running_server(identity: WorkerIdentity, thread: EngineThread, host: s
     events = KvEventsService(thread.engine.event_log)
     worker_pb2_grpc.add_KvEventsServicer_to_server(events, server)
     async with rpc.serving(server, host, port, ("rhizome.v1.Worker", "rhizome.v1.KvEvents")) as address:
-        yield address
+        try:
+            yield address
+        finally:
+            # Event streams end by themselves, and do not hold up the server's end.
+            thread.engine.event_log.close()
