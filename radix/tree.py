@@ -85,10 +85,3 @@ class PrefixTree(Protocol):
     def check(self) -> None:
         """Assert every invariant; for tests and `validate` switches."""
         ...
-
-
-def make_tree() -> PrefixTree:
-    """The fastest implementation at hand."""
-    from radix.reference import ReferenceTree
-
-    return ReferenceTree()

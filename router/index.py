@@ -5,8 +5,8 @@ from __future__ import annotations
 from heapq import heappop, heappush
 
 from kv_events.view import WorkerView
+from radix import make_tree
 from radix.keys import Hashes
-from radix.tree import make_tree
 
 
 class Index:

@@ -1,4 +1,6 @@
-"""Decides what each step computes. Continuous batching with chunked prefill and preemption by recomputation, as in
+"""Decides what each step computes.
+
+Continuous batching with chunked prefill and preemption by recomputation, as in
 vLLM (Kwon et al., SOSP 2023) and Sarathi (Agrawal et al., OSDI 2024). Torch-free.
 """
 

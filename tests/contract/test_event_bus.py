@@ -20,8 +20,8 @@ from kv_events.bus.memory import MemoryEventSource
 from kv_events.events import BlockRemoved, BlockStored, EventBatch
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
+from radix import make_tree
 from radix.digest import EMPTY_DIGEST
-from radix.tree import make_tree
 from rhizome.errors import Conflict, Trimmed, Unavailable
 from rhizome.rpc import SERVER_OPTIONS
 from rhizome.v1.worker_pb2_grpc import add_KvEventsServicer_to_server

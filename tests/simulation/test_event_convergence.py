@@ -19,8 +19,9 @@ from kv_events.bus import Resync
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Snapshot
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
+from radix import make_tree
 from radix.keys import ROOT_HASH, Hashes
-from radix.tree import PrefixTree, make_tree
+from radix.tree import PrefixTree
 from rhizome.errors import Conflict, Trimmed
 
 STEPS = 120

@@ -16,7 +16,7 @@ from kv_events.events import BlockStored, EventBatch, Snapshot
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from kv_events.wire import WireError
-from radix.tree import make_tree
+from radix import make_tree
 from rhizome.errors import Conflict, Trimmed, Unavailable
 
 

@@ -11,9 +11,9 @@ from kv_events.bus import Resync
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, UnknownEvent
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
+from radix import make_tree
 from radix.digest import EMPTY_DIGEST
 from radix.keys import ROOT_HASH, Hashes
-from radix.tree import make_tree
 
 
 def blocks(*hashes: int) -> Hashes:

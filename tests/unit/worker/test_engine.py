@@ -13,8 +13,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
+from radix import make_tree
 from radix.hashing import BlockHasher, derive_salt
-from radix.tree import make_tree
 from rhizome.errors import Duplicate, InvalidRequest, Overloaded
 from tests.support.memory_runner import EOS, VOCAB, LetterDecoder, MemoryRunner, reference_answer
 from worker.answer import FinishReason
