@@ -31,27 +31,20 @@ def predicted(costs: StepCosts, tokens: int) -> float:
     return costs.prefill_s(tokens, 512)
 
 
-@given(
-    costs=st.builds(
-        StepCosts,
-        prefill_step_s=st.floats(1e-3, 0.1),
-        prefill_token_s=st.floats(1e-6, 1e-3),
-        decode_step_s=st.floats(1e-3, 0.2),
-    ),
-    seed=st.integers(0, 2**32),
-)
-def test_it_converges_to_the_workers_costs(costs: StepCosts, seed: int) -> None:
-    """After some mixed reports predictions are within a fifth, or a hundredth of the longest step."""
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("step_s", [1e-3, 5e-3, 0.02, 0.1])
+@pytest.mark.parametrize("token_s", [1e-6, 1e-5, 1e-4, 1e-3])
+def test_it_converges_to_the_workers_costs(step_s: float, token_s: float, seed: int) -> None:
+    """From a fast GPU to a slow CPU: after 20 s of reports predictions are within a tenth, or 3 ms of the prior left."""
+    costs = StepCosts(step_s, token_s, decode_step_s=2 * step_s)
     timing, report, random = WorkerTiming(), WorkerReport(), Random(seed)
     for number in range(40):
         steps = [random.choice((1, 20, 100, 512)) for _ in range(random.randint(1, 8))]
         report = after(report, steps, costs, decode_steps=5)
         timing.observe(report, PRIOR, 0.5 * number)
     for tokens in (1, 512):
-        assert predicted(timing.costs, tokens) == pytest.approx(
-            predicted(costs, tokens), rel=0.2, abs=0.01 * predicted(costs, 512)
-        )
-    assert timing.costs.decode_step_s == pytest.approx(costs.decode_step_s, rel=0.2)
+        assert predicted(timing.costs, tokens) == pytest.approx(predicted(costs, tokens), rel=0.1, abs=0.003)
+    assert timing.costs.decode_step_s == pytest.approx(costs.decode_step_s, rel=0.1)
 
 
 def test_small_prefills_do_not_make_a_worker_look_slow() -> None:
