@@ -35,7 +35,7 @@ def predicted(costs: StepCosts, tokens: int) -> float:
 @pytest.mark.parametrize("step_s", [1e-3, 5e-3, 0.02, 0.1])
 @pytest.mark.parametrize("token_s", [1e-6, 1e-5, 1e-4, 1e-3])
 def test_it_converges_to_the_workers_costs(step_s: float, token_s: float, seed: int) -> None:
-    """From a fast GPU to a slow CPU: after 20 s of reports predictions are within a tenth, or 3 ms of the prior left."""
+    """From a fast GPU to a slow CPU: after 20 s of reports predictions are within a tenth or 3 ms."""
     costs = StepCosts(step_s, token_s, decode_step_s=2 * step_s)
     timing, report, random = WorkerTiming(), WorkerReport(), Random(seed)
     for number in range(40):
