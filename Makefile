@@ -32,7 +32,7 @@ check: install
 	$(BIN)/lint-imports --no-cache
 
 proto: install
-	$(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
 		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
 
 # The wheel, not only the editable install: built, put into an empty environment, every package imported.

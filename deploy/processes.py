@@ -21,6 +21,7 @@ from kv_events.log import EventLog
 from rhizome import rpc
 from rhizome.errors import InvalidRequest
 from rhizome.ticket import fleet_secret
+from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import fleet_pb2
 
 if TYPE_CHECKING:
@@ -122,7 +123,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
     from worker.runner import TorchRunner
     from worker.scheduler import SchedulerConfig
     from worker.service import WorkerIdentity
-    from worker.tokenizer import Tokenizer, tokenizer_files, tokenizer_sha256
+    from worker.tokenizer import Tokenizer, tokenizer_files
 
     torch.set_num_threads(settings.threads or os.cpu_count() or 1)
     model_config = ModelConfig.load(settings.model_dir)

@@ -14,10 +14,11 @@ from kv_events.bus.follow import follow
 from kv_events.bus.grpc import GrpcEventSource
 from rhizome import rpc
 from rhizome.errors import Unavailable
+from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import worker_pb2, worker_pb2_grpc
 from router.core import Router
 from router.fleet import ModelCard, WorkerInfo
-from router.tokenizing import BadTokenizer, PromptTokenizer, tokenizer_sha256
+from router.tokenizing import BadTokenizer, PromptTokenizer
 
 logger = logging.getLogger(__name__)
 

@@ -28,12 +28,22 @@ Context = grpc.aio.ServicerContext[Any, Any]
 M = TypeVar("M", bound=Message)
 
 EXPIRY_INTERVAL_S = 0.25
+MAX_WORKERS_TRIED = 3  # for one request, while none has delivered anything
 INLINE_BYTES = 8192  # a longer request is tokenized and hashed in a thread, so that others do not wait for it
 CLEAR_TIMEOUT_S = 10.0
 INDEX_CHUNK_BLOCKS = 2**16  # 512 KiB
 STATUS_DETAILS = "grpc-status-details-bin"
 
 _ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
+
+
+class WorkerLost(Unavailable):
+    """A worker went away while it served a request."""
+
+    def __init__(self, link: WorkerLink, delivered: int, details: str) -> None:
+        where = f"worker {link.info.worker_id} at {link.info.address}"
+        super().__init__(f"{where} went away after {delivered} chunks of the answer: {details}")
+        self.delivered = delivered
 
 
 class RouterService:
@@ -45,34 +55,42 @@ class RouterService:
         self._secret = secret
 
     async def generate(self, request: router_pb2.GenerateRequest, context: Context) -> None:
-        """Route, then pass the worker's chunks through as they are."""
+        """Route, then pass the worker's chunks through; while nothing was delivered another worker can take over."""
         prepared = await self._prepare(request, streamed=True)
-        decision = self._router.route(prepared.route, time.monotonic())
-        try:
-            link = self._links[decision.worker_id]
-            with link.stream():
-                await context.send_initial_metadata(_metadata(decision))
+        for workers_left in reversed(range(MAX_WORKERS_TRIED)):
+            decision = self._router.route(prepared.route, time.monotonic())
+            try:
                 self._sign(prepared.message, decision)
-                await self._pass_through(prepared.message, link, context)
-        finally:
-            self._router.finish(decision.request_id)
+                await self._pass_through(prepared.message, decision, context)
+                return
+            except WorkerLost as lost:
+                if lost.delivered or not workers_left:
+                    raise
+                logger.warning("%s; trying another", lost)
+            finally:
+                self._router.finish(decision.request_id)
 
     async def _pass_through(
-        self, message: worker_pb2.WorkerGenerateRequest, link: WorkerLink, context: Context
+        self, message: worker_pb2.WorkerGenerateRequest, decision: Decision, context: Context
     ) -> None:
+        link = self._links[decision.worker_id]
         delivered = 0
         # When the client goes away this coroutine is cancelled, and the call to the worker with it.
         call = link.generate(message, timeout=context.time_remaining())
         try:
-            async for chunk in call:
-                if not delivered:
-                    self._router.first_token(message.request_id, time.monotonic())
-                await context.write(chunk)
-                delivered += 1
+            with link.stream():
+                async for chunk in call:
+                    if not delivered:
+                        self._router.first_token(message.request_id, time.monotonic())
+                        await context.send_initial_metadata(_metadata(decision))
+                    await context.write(chunk)
+                    delivered += 1
         except grpc.aio.AioRpcError as error:
-            if error.code() is grpc.StatusCode.UNAVAILABLE:
+            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 self._router.set_unreachable(link.info.worker_id, link.info.epoch)
-            await _pass_error_on(context, error, link, delivered)
+                raise WorkerLost(link, delivered, error.details() or "") from error
+            details = [(key, value) for key, value in error.trailing_metadata() or () if key == STATUS_DETAILS]
+            await context.abort(error.code(), error.details() or "", tuple(details))
         finally:
             call.cancel()
 
@@ -208,18 +226,6 @@ def _metadata(decision: Decision) -> tuple[tuple[str, str], ...]:
         ("rhizome-cached-tokens", str(chosen.cached_tokens)),
         ("rhizome-predicted-ttft-ms", f"{chosen.predicted_ttft_s * 1000:.1f}"),
     )
-
-
-async def _pass_error_on(context: Context, error: grpc.aio.AioRpcError, link: WorkerLink, delivered: int) -> NoReturn:
-    """A worker that refuses has its own say; one that vanished is named."""
-    if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-        raise Unavailable(
-            f"worker {link.info.worker_id} at {link.info.address} went away after {delivered} chunks of the answer: "
-            f"{error.details()}"
-        ) from error
-    details = [(key, value) for key, value in error.trailing_metadata() or () if key == STATUS_DETAILS]
-    await context.abort(error.code(), error.details() or "", tuple(details))
-    raise AssertionError("abort raises")
 
 
 # Handlers take and give bytes: requests are parsed here, for a clear error, and chunks are not parsed at all.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -27,16 +26,6 @@ has 3 to 5 of them and the longest runs of spaces about 40, so it could not fit,
 
 class BadTokenizer(ValueError):
     """Files that make no tokenizer; the message says which and why."""
-
-
-def tokenizer_sha256(files: Mapping[str, bytes]) -> str:
-    """The hex digest that a model card names: over name and data of each file by name, each after its length as 8
-    bytes, little-endian."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        for part in (name.encode(), files[name]):
-            digest.update(len(part).to_bytes(8, "little") + part)
-    return digest.hexdigest()
 
 
 class PromptTokenizer:

@@ -8,7 +8,6 @@ and compare) grows its window on text that never becomes valid.
 from __future__ import annotations
 
 import codecs
-import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -35,16 +34,6 @@ def tokenizer_files(directory: str | Path) -> dict[str, bytes]:
     if TOKENIZER_FILES[0] not in files:
         raise CheckpointError(Path(directory) / TOKENIZER_FILES[0], "missing")
     return files
-
-
-def tokenizer_sha256(files: Mapping[str, bytes]) -> str:
-    """One hex digest over names and contents: equal digests, equal tokenization."""
-    digest = hashlib.sha256()
-    for name in sorted(files):
-        for part in (name.encode(), files[name]):
-            digest.update(len(part).to_bytes(8, "little"))
-            digest.update(part)
-    return digest.hexdigest()
 
 
 class Tokenizer:

@@ -157,6 +157,21 @@ def test_a_client_that_goes_away_cancels_the_worker() -> None:
     with_cluster(test)
 
 
+def test_a_worker_that_is_gone_before_it_answered_is_replaced_by_another() -> None:
+    """Nothing was delivered, so nobody notices: the request goes to a worker that is there."""
+
+    async def test(running: Cluster) -> None:
+        gone = await running.join()
+        await running.join("worker-1")
+        await running.ready(2)
+        await gone.kill()
+        for _ in range(3):
+            assert (await running.client.complete("x", policy="round-robin")).text == "hello world"
+        await running.nothing_in_flight()
+
+    with_cluster(test)
+
+
 def test_a_worker_that_dies_amid_an_answer_is_named() -> None:
     """UNAVAILABLE says which worker, and how many chunks had been delivered; the router goes on with the others."""
 

@@ -17,8 +17,8 @@ from kv_events.log import EventLog
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import hashes_of
 from rhizome import rpc, ticket
+from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, worker_pb2, worker_pb2_grpc
-from router.tokenizing import tokenizer_sha256
 
 MODEL = "scripted"
 BLOCK_SIZE = 16

@@ -53,7 +53,7 @@ class ModelCard(_message.Message):
     block_size: _builtins.int
     """tokens"""
     tokenizer_sha256: _builtins.str
-    """over the files that GetTokenizer sends"""
+    """over the files that GetTokenizer sends (rhizome.tokenizer)"""
     def __init__(
         self,
         *,

@@ -13,7 +13,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from rhizome.errors import InvalidRequest
-from router.tokenizing import MAX_MESSAGES, BadTokenizer, PromptTokenizer, tokenizer_sha256
+from router.tokenizing import MAX_MESSAGES, BadTokenizer, PromptTokenizer
 from tests.support.scripted_worker import byte_tokenizer_files
 
 FILES = byte_tokenizer_files()
@@ -158,11 +158,3 @@ def test_files_that_make_no_tokenizer(files: dict[str, bytes], says: str) -> Non
     """Each is told by name."""
     with pytest.raises(BadTokenizer, match=says):
         PromptTokenizer(files)
-
-
-def test_the_digest_tells_names_and_contents_apart() -> None:
-    """Moving a byte from a name to its data, or from one file to the next, changes it; the order does not."""
-    some = {"a": b"bc", "d": b"e"}
-    assert tokenizer_sha256(some) == tokenizer_sha256(dict(reversed(some.items())))
-    others = [{"ab": b"c", "d": b"e"}, {"a": b"bcd", "": b"e"}, {"a": b"b", "d": b"ce"}, {"a": b"bc"}]
-    assert len({tokenizer_sha256(files) for files in [some, *others]}) == 5
