@@ -11,7 +11,8 @@ from torch import Tensor
 from worker.attention import AttentionBackend, Span
 from worker.attention.cpu import TiledCpuAttention
 from worker.kv_cache.paged import PagedKVCache
-from worker.models.decoder import ROW_MULTIPLE, Decoder
+from worker.models.decoder import Decoder
+from worker.models.linear import ROW_MULTIPLE
 from worker.plan import SampledToken, StepPlan
 from worker.sampling import sample
 

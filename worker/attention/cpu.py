@@ -2,8 +2,12 @@
 
 A row of a float32 GEMM has the same bits whatever other rows there are, as long as their number is a multiple of 4
 (measured with MKL; tests hold it). So scores and weighted sums are computed for whole tiles at fixed positions, the
-part past a query's position is masked to an exact 0, and the tiles' sums are added one after the other: more tiles
-behind a query's own position add zeros. Softmax takes the maximum over all tiles, which has no order.
+part past a query's position gets a weight of exactly 0, and the tiles' sums are added one after the other: tiles
+behind a query's own position add zeros. Softmax is taken tile by tile and the tiles are weighed against each other
+afterwards, as in FlashAttention (arXiv:2205.14135).
+
+Of the exponentials in torch, softmax over rows and `exp` are used, since exp2, sigmoid and silu give other bits at
+the ends of a thread's share of the work.
 
 A tile whose blocks follow each other in the cache is read in place; others are gathered into a workspace of one tile.
 """
@@ -202,8 +206,8 @@ class _Step:
         by_item = grouped.reshape(batch, heads, padded * group, dim).unbind()
         for item, scores, _, tile in work.tiles:
             torch.bmm(by_item[item], backend.key_tile(layer, tile), out=scores)
-        work.masked.masked_fill_(work.mask, -torch.inf)
-        total = _softmax_numerators_(work.scores)
+        work.masked.masked_fill_(work.mask, torch.finfo(work.scores.dtype).min)
+        _softmax_(work.scores)
         summed = queries.new_empty(batch, heads, padded * group, dim)
         sum_of = summed.unbind()
         for item, weights, first, tile in work.tiles:
@@ -211,19 +215,23 @@ class _Step:
                 torch.bmm(weights, backend.value_tile(layer, tile), out=sum_of[item])
             else:
                 sum_of[item].baddbmm_(weights, backend.value_tile(layer, tile))
-        summed.div_(total.unsqueeze(-1))
         by_row = summed.view(batch, heads, padded, group, dim).transpose(1, 2)[:, : work.length]
         return by_row.reshape(batch * work.length, heads * group * dim)
 
 
-def _softmax_numerators_(scores: Tensor) -> Tensor:
-    """exp(score - maximum) in place over tiles and positions; returns the sums, [B, heads, rows].
+def _softmax_(scores: Tensor) -> None:
+    """Softmax over tiles (dim 1) and positions (last dim), in place.
 
-    The sum over tiles runs in order (cumsum), so that tiles of zeros at the end leave it alone.
+    A tile's sum of exponentials is the inverse of its largest weight. The sum over tiles runs in order (cumsum), so
+    that tiles of which nothing is seen, and which count for exactly 0, leave it alone.
     """
-    scores.sub_(scores.amax((1, 4), keepdim=True)).exp_()
-    sums = scores.sum(-1)
-    return sums[:, 0] if scores.shape[1] == 1 else sums.cumsum(1)[:, -1]
+    if scores.shape[1] == 1:
+        torch.softmax(scores, -1, out=scores)
+        return
+    highest = scores.amax(-1, keepdim=True)
+    torch.softmax(scores, -1, out=scores)
+    share = (highest - highest.amax(1, keepdim=True)).exp_().div_(scores.amax(-1, keepdim=True))
+    scores.mul_(share.div_(share.cumsum(1)[:, -1:]))
 
 
 def _tiles_up_to(position: int) -> int:

@@ -75,7 +75,7 @@ def test_equals_plain_softmax_attention(heads: int, kv_heads: int) -> None:
         torch.testing.assert_close(result.double(), wanted, atol=2e-6, rtol=0)
 
 
-@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("threads", [1, 2, 3])
 @pytest.mark.parametrize(("heads", "kv_heads"), [(8, 2), (4, 4), (3, 1)])
 def test_bits_do_not_depend_on_layout_or_batch(heads: int, kv_heads: int, threads: int) -> None:
     """Whole prompts, random chunks and single tokens; blocks of 1 to 256, consecutive or scattered: the same bits."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from worker.checkpoint import load_model
-from worker.models.decoder import Decoder
+from worker.models.decoder import Decoder, rms_norm, silu
 from worker.plan import Chunk, SamplingInput, SamplingParams, StepPlan
 from worker.runner import TorchRunner
 
@@ -170,7 +170,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
     return load_model(directory)
 
 
-@pytest.fixture(params=[1, 2])
+@pytest.fixture(params=[1, 2, 3])
 def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
@@ -215,6 +215,19 @@ def test_bits_of_one_token_do_not_depend_on_how_many_decode_beside_it(model: Dec
     for count in range(1, 34):
         hidden = runner.hidden_states(StepPlan(tuple(last[:count])))
         assert torch.equal(model.logits(hidden), wanted[:count]), count
+
+
+@pytest.mark.parametrize("columns", [2816, 1000, 33])
+def test_bits_of_a_row_do_not_depend_on_the_rows_beside_it(columns: int, threads: int) -> None:
+    """Activation and norm at sizes where threads share the work, at whatever place they divide it."""
+    rows = torch.randn(401, 2 * columns, generator=torch.Generator().manual_seed(columns)) * 4
+    weight = torch.ones(columns)
+    gate = rows.chunk(2, dim=-1)[0]
+    for function in (silu, lambda x: rms_norm(x, weight, 1e-6)):
+        whole = function(gate)
+        for count in (4, 40, 100, 300):
+            assert torch.equal(function(gate[:count]), whole[:count])
+            assert torch.equal(function(gate[-count:]), whole[-count:])
 
 
 def test_samples_of_a_fork_come_from_one_row_and_steps_without_samples_are_empty(model: Decoder) -> None:
