@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,11 +27,22 @@ _QUESTIONS = (
 )
 
 
+_LOG_LINES = 8
+
+
 def user_message(session: int, turn: int) -> str:
-    """What the user of a session says in a turn (both counted from 0)."""
+    """What the user of a session says in a turn (both counted from 0): a page of a log, and a question about it."""
     subject = _SUBJECTS[session % len(_SUBJECTS)]
-    visitor = f"Visitor {session + 1}, question {turn + 1}. "
-    return visitor + _QUESTIONS[turn % len(_QUESTIONS)].format(subject=subject)
+    question = _QUESTIONS[turn % len(_QUESTIONS)].format(subject=subject)
+    rng = random.Random(1000 * session + turn)  # noqa: S311 - a made-up log
+    page = "\n".join(_log_line(rng) for _ in range(_LOG_LINES))
+    return f"Visitor {session + 1}, page {turn + 1} of the log:\n{page}\n{question}"
+
+
+def _log_line(rng: random.Random) -> str:
+    hour, minute = rng.randrange(24), rng.randrange(60)
+    place = f"RA {rng.uniform(0, 24):.2f} h, dec {rng.uniform(-90, 90):+.1f}"
+    return f"{hour:02d}:{minute:02d} {place}, seeing {rng.randrange(1, 6)}/5"
 
 
 @dataclass(frozen=True, slots=True)
