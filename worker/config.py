@@ -18,6 +18,7 @@ SUPPORTED = (LLAMA, QWEN3)
 MAX_DIMENSION = (
     2**24
 )  # of any one size in a config: far above real models, far below what would exhaust memory by itself
+MAX_LAYERS = 1024  # the largest published have about 130
 MAX_JSON_BYTES = 64 * 2**20
 
 
@@ -97,7 +98,7 @@ class ModelConfig:
             vocab_size=vocab,
             hidden_size=hidden,
             intermediate_size=fields.size("intermediate_size"),
-            num_layers=fields.size("num_hidden_layers"),
+            num_layers=fields.size("num_hidden_layers", most=MAX_LAYERS),
             num_heads=heads,
             num_kv_heads=kv_heads,
             head_dim=head_dim,
@@ -141,12 +142,12 @@ class _Fields:
         found = repr(self.values[name]) if name in self.values else "missing"
         return CheckpointError(self.file, f"{self.prefix}{name} is {found[:100]}; supported: {supported}")
 
-    def size(self, name: str, default: int | None = None) -> int:
+    def size(self, name: str, default: int | None = None, most: int = MAX_DIMENSION) -> int:
         value = self.values.get(name)
         if value is None and default is not None:
             value = default
-        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= MAX_DIMENSION:
-            raise self.error(name, f"an integer from 1 to {MAX_DIMENSION}")
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most:
+            raise self.error(name, f"an integer from 1 to {most}")
         return value
 
     def positive(self, name: str, default: float | None = None) -> float:

@@ -79,14 +79,26 @@ def _draw(logits: Row, wanted: SamplingInput) -> int:
         kept = _largest(weights, params.top_k)
         weights = _only(weights, kept)
     if params.top_p < 1:
-        order = np.argsort(-weights, kind="stable")
-        before = np.cumsum(weights[order])
-        before -= weights[order]
-        weights = _only(weights, order[before < params.top_p * weights.sum()])
+        weights = _only(weights, _nucleus(weights, params.top_p))
     cumulative = np.cumsum(weights)
     target = _uniform(wanted) * cumulative[-1]
     token = int(np.searchsorted(cumulative, target, side="right"))
     return min(token, int(np.flatnonzero(weights)[-1]))  # rounding must not lead past the last
+
+
+def _nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
+    """The most likely tokens before each of which less than `top_p` of the weight lies (arXiv:1904.09751)."""
+    possible = np.flatnonzero(weights)
+    weights = weights[possible]
+    limit = top_p * weights.sum()
+    count = 1024  # a full sort only where the best thousand fall short
+    while True:
+        order = _largest(weights, min(count, len(weights)))
+        kept = order[np.cumsum(weights[order]) - weights[order] < limit]
+        if len(kept) < len(order) or len(order) == len(weights):
+            chosen: NDArray[np.int64] = possible[kept]
+            return chosen
+        count = len(weights)
 
 
 def _uniform(wanted: SamplingInput) -> float:

@@ -31,9 +31,11 @@ MAX_SCORES = 2**20  # float32 scores alive at once: 4 MB, about a core's L2
 
 
 class TiledCpuAttention:
-    """Backend for a cache whose block size divides 256. Raises InvalidRequest for another."""
+    """Backend for a cache in main memory whose block size divides 256. Raises InvalidRequest for another."""
 
     def __init__(self, cache: PagedKVCache, num_heads: int) -> None:
+        if cache.keys[0].device.type != "cpu":
+            raise InvalidRequest("device", str(cache.keys[0].device), "cpu: there is no attention for others yet")
         if not 1 <= cache.block_size <= TILE or TILE % cache.block_size:
             raise InvalidRequest("block_size", cache.block_size, f"a divisor of {TILE}: attention works in such tiles")
         self.cache = cache

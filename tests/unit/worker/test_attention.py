@@ -132,6 +132,12 @@ def test_block_sizes_that_do_not_divide_a_tile_are_refused(block_size: int) -> N
         TiledCpuAttention(PagedKVCache(1, 2, block_size, 1, 4), 1)
 
 
+def test_a_cache_on_another_device_is_refused() -> None:
+    """By name, before a step fails half-way."""
+    with pytest.raises(InvalidRequest, match="device is 'meta': cpu"):
+        TiledCpuAttention(PagedKVCache(1, 2, 16, 1, 4, device="meta"), 1)
+
+
 def test_slots_follow_the_block_table() -> None:
     """A token's slot is its block's first slot plus its place in the block."""
     spans = [Span(3, 3, [7, 2]), Span(4, 1, [5, 9])]

@@ -198,6 +198,7 @@ QWEN = LLAMA | {"architectures": ["Qwen3ForCausalLM"], "head_dim": 16}
         ({"hidden_size": 2**40}, "hidden_size is"),
         ({"hidden_size": 60}, "hidden_size is 60; supported: a multiple of num_attention_heads"),
         ({"num_hidden_layers": -1}, "num_hidden_layers is -1"),
+        ({"num_hidden_layers": 2000}, "num_hidden_layers is 2000; supported: an integer from 1 to 1024"),
         ({"num_hidden_layers": True}, "num_hidden_layers is True"),
         ({"num_hidden_layers": "2"}, "num_hidden_layers is '2'"),
         ({"num_key_value_heads": 3}, "num_key_value_heads is 3; supported: a divisor"),

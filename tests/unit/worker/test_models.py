@@ -153,6 +153,14 @@ def test_llama3_rope_scaling_matters_to_the_test_above(tmp_path: Path) -> None:
     assert (results[0] - results[1]).abs().max() > 0.1
 
 
+def test_half_precision_comes_close(tmp_path: Path) -> None:
+    """bfloat16 weights, cache and products: the logits of float32 but for its eight bits."""
+    reference_model("gqa").save_pretrained(tmp_path)
+    exact = all_logits(load_model(tmp_path), prompt(300))
+    rough = all_logits(load_model(tmp_path, dtype=torch.bfloat16), prompt(300))
+    assert (exact - rough).std() < 0.1 * exact.std()
+
+
 def test_sharded_checkpoint_equals_a_single_file(tmp_path: Path) -> None:
     """The same weights over several files give the same bits."""
     reference = reference_model("gqa")

@@ -103,6 +103,13 @@ def test_draws_follow_the_distribution_that_transformers_filters(name: str) -> N
     assert fits(draws(row[0], 4000, **fields), scores.softmax(-1)[0])
 
 
+def test_a_nucleus_wider_than_a_thousand_tokens_is_found_whole() -> None:
+    """Half of 4,000 equal tokens: those with the lowest ids."""
+    tokens = {one(torch.zeros(4000), top_p=0.5, seed=seed).token_id for seed in range(500)}
+    assert max(tokens) < 2000
+    assert max(tokens) > 1900
+
+
 def test_the_chi_square_check_notices_a_wrong_distribution() -> None:
     """Draws at temperature 1 do not pass for draws at 0.8."""
     row = logits(seed=3)[0]
