@@ -73,31 +73,25 @@ def _draw(logits: Row, wanted: SamplingInput) -> int:
         return 0
     with np.errstate(over="ignore"):  # a tiny temperature sends all but the highest to -inf
         weights = np.exp((logits - highest) / params.temperature)  # 1 for the most likely token
-    if params.min_p > 0:
-        weights[weights < params.min_p] = 0
-    if 0 < params.top_k < len(weights):
-        kept = _largest(weights, params.top_k)
-        weights = _only(weights, kept)
+    left = np.flatnonzero(weights >= params.min_p if params.min_p > 0 else weights)
+    if params.top_k:
+        left = left[np.sort(_largest(weights[left], params.top_k))]
     if params.top_p < 1:
-        weights = _only(weights, _nucleus(weights, params.top_p))
-    cumulative = np.cumsum(weights)
-    target = _uniform(wanted) * cumulative[-1]
-    token = int(np.searchsorted(cumulative, target, side="right"))
-    return min(token, int(np.flatnonzero(weights)[-1]))  # rounding must not lead past the last
+        left = left[np.sort(_nucleus(weights[left], params.top_p))]
+    cumulative = np.cumsum(weights[left])
+    place = np.searchsorted(cumulative, _uniform(wanted) * cumulative[-1], side="right")
+    return int(left[min(place, len(left) - 1)])  # rounding must not lead past the last
 
 
 def _nucleus(weights: Row, top_p: float) -> NDArray[np.int64]:
     """The most likely tokens before each of which less than `top_p` of the weight lies (arXiv:1904.09751)."""
-    possible = np.flatnonzero(weights)
-    weights = weights[possible]
     limit = top_p * weights.sum()
     count = 1024  # a full sort only where the best thousand fall short
     while True:
-        order = _largest(weights, min(count, len(weights)))
-        kept = order[np.cumsum(weights[order]) - weights[order] < limit]
+        order = _largest(weights, count)
+        kept: NDArray[np.int64] = order[np.cumsum(weights[order]) - weights[order] < limit]
         if len(kept) < len(order) or len(order) == len(weights):
-            chosen: NDArray[np.int64] = possible[kept]
-            return chosen
+            return kept
         count = len(weights)
 
 
@@ -108,14 +102,9 @@ def _uniform(wanted: SamplingInput) -> float:
     return float(int(philox.random_raw()) >> 11) * 2.0**-53
 
 
-def _only(weights: Row, kept: NDArray[np.int64]) -> Row:
-    left = np.zeros_like(weights)
-    left[kept] = weights[kept]
-    return left
-
-
 def _largest(values: Row, count: int) -> NDArray[np.int64]:
-    """Indices of the `count` largest values, largest first, ties by index."""
+    """Indices of the `count` largest values (at most all), largest first, ties by index."""
+    count = min(count, len(values))
     if not count:
         return np.empty(0, dtype=np.int64)
     threshold = np.partition(values, len(values) - count)[len(values) - count]
