@@ -28,6 +28,7 @@ _QUESTIONS = (
 
 
 _LOG_LINES = 8
+_READING_S = (0.2, 1.2)
 
 
 def user_message(session: int, turn: int) -> str:
@@ -37,6 +38,11 @@ def user_message(session: int, turn: int) -> str:
     rng = random.Random(1000 * session + turn)  # noqa: S311 - a made-up log
     page = "\n".join(_log_line(rng) for _ in range(_LOG_LINES))
     return f"Visitor {session + 1}, page {turn + 1} of the log:\n{page}\n{question}"
+
+
+def reading_time_s(session: int, turn: int) -> float:
+    """Seconds that a user takes before a turn. Without them sessions would ask in lockstep, as no people do."""
+    return random.Random(f"{session} {turn}").uniform(*_READING_S)  # noqa: S311 - made-up people
 
 
 def _log_line(rng: random.Random) -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from deploy.conversations import SYSTEM_PROMPT, TurnTokens, most_cached_tokens, user_message
+from deploy.conversations import SYSTEM_PROMPT, TurnTokens, most_cached_tokens, reading_time_s, user_message
 from deploy.local import LocalCluster
 from kv_events.bus.grpc import GrpcEventSource
 from rhizome import rpc
@@ -157,6 +157,7 @@ class Demo:
         messages = [{"role": "system", "content": SYSTEM_PROMPT}]
         rows = []
         for turn in range(self._turns):
+            await asyncio.sleep(reading_time_s(session, turn))
             messages.append({"role": "user", "content": user_message(session, turn)})
             answer = await self._client.complete(
                 messages=messages,
