@@ -35,14 +35,16 @@ proto: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
 		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
 
-# The wheel, not only the editable install: built, put into an empty environment, every package imported.
+# The wheel, not only the editable install: built, put into an empty environment (which, without the extra "worker",
+# has no torch), every package imported.
 wheel-check: install
 	rm -rf build/wheel && mkdir -p build/wheel
 	$(BIN)/python -m build --quiet --wheel --outdir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl
 	cd build/wheel && venv/bin/rhizome --help >/dev/null && \
-		venv/bin/python -c 'import radix, kv_events, router, worker, deploy, rhizome.v1; print("wheel: all packages import")'
+		venv/bin/python -c 'import radix, kv_events, router, worker, deploy, rhizome.v1; print("wheel: all packages import")' && \
+		(venv/bin/rhizome model tiny --out tiny 2>&1 || true) | grep -F "pip install 'rhizome[worker]'"
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

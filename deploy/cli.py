@@ -21,6 +21,8 @@ app = typer.Typer(
 model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 
+WORKER_MODULES = ("torch", "safetensors")  # the extra "worker"
+
 ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
 RouterAddress = Annotated[str, typer.Option("--router", help="host:port of a router")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
@@ -158,6 +160,10 @@ def main() -> None:
         app()
     except RhizomeError as error:
         sys.exit(_fail(str(error), 2))
+    except ModuleNotFoundError as error:
+        if error.name not in WORKER_MODULES:
+            raise
+        sys.exit(_fail(f"this needs {error.name}, which a router does without: pip install 'rhizome[worker]'", 2))
     except grpc.aio.AioRpcError as error:
         sys.exit(_fail(f"{error.code().name}: {error.details()}", 1))
     except KeyboardInterrupt:
