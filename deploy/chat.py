@@ -2,63 +2,68 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 
 import grpc
 from rich.console import Console
 from rich.markup import escape
 
-from router.client import Client
+from router.client import SyncClient
 
-HELP = "/new starts a new conversation, /quit (or Ctrl-D) ends"
+HELP = "/new starts a new conversation, /quit (or Ctrl-D) ends, Ctrl-C stops an answer"
 
 
-async def run_chat(router: str, system: str, max_tokens: int, temperature: float) -> None:
+def run_chat(router: str, system: str, max_tokens: int, temperature: float) -> None:
     """Read turns from standard input until its end."""
     console = Console(highlight=False)
-    async with Client(router) as client:
-        workers = await client.workers()
-        console.print(f"[dim]{router}: {len(workers)} worker(s). {HELP}[/dim]")
+    with SyncClient(router) as client:
+        console.print(f"[dim]{router}: {len(client.workers())} worker(s). {HELP}[/dim]")
         opening = [{"role": "system", "content": system}] if system else []
         messages = list(opening)
-        while True:
-            try:
-                line = (await asyncio.to_thread(console.input, "[bold]you:[/bold] ")).strip()
-            except EOFError:
-                return
-            if line == "/quit":
-                return
+        while (line := _read(console)) not in (None, "/quit"):
             if line == "/new":
                 messages = list(opening)
             elif line:
                 messages.append({"role": "user", "content": line})
-                try:
-                    answer = await _turn(console, client, messages, max_tokens, temperature)
-                except grpc.aio.AioRpcError as error:
-                    console.print(f"[red]{error.code().name}: {escape(error.details() or '')}[/red]")
+                answer = _turn(console, client, messages, max_tokens, temperature)
+                if answer is None:
                     messages.pop()
                 else:
                     messages.append({"role": "assistant", "content": answer})
 
 
-async def _turn(
-    console: Console, client: Client, messages: list[dict[str, str]], max_tokens: int, temperature: float
-) -> str:
-    """Stream one answer to the screen; returns it whole."""
+def _read(console: Console) -> str | None:
+    """One line; None at the end of the input."""
+    try:
+        return console.input("[bold]you:[/bold] ").strip()
+    except (EOFError, KeyboardInterrupt):
+        console.print()
+        return None
+
+
+def _turn(
+    console: Console, client: SyncClient, messages: list[dict[str, str]], max_tokens: int, temperature: float
+) -> str | None:
+    """Stream one answer to the screen; returns it, or None when it failed or was stopped."""
     started = time.perf_counter()
-    first_s = 0.0
-    answer, worker, prompt_tokens, cached_tokens = "", "", 0, 0
-    async for chunk in client.generate(messages=messages, max_tokens=max_tokens, temperature=temperature):
-        if chunk.worker_id:
-            first_s = time.perf_counter() - started
-            worker = chunk.worker_id
-            prompt_tokens, cached_tokens = chunk.usage.prompt_tokens, chunk.usage.cached_tokens
-        answer += chunk.text
-        console.print(escape(chunk.text), end="")
-    console.print()
-    console.print(
-        f"[dim]{escape(worker)} · {prompt_tokens} prompt tokens, {cached_tokens} cached · "
-        f"TTFT {first_s * 1000:.0f} ms[/dim]"
-    )
+    answer, summary = "", ""
+    chunks = client.generate(messages=messages, max_tokens=max_tokens, temperature=temperature)
+    try:
+        for chunk in chunks:
+            if chunk.worker_id:
+                summary = (
+                    f"{chunk.worker_id} · {chunk.usage.prompt_tokens} prompt tokens, "
+                    f"{chunk.usage.cached_tokens} cached · TTFT {(time.perf_counter() - started) * 1000:.0f} ms"
+                )
+            answer += chunk.text
+            console.out(chunk.text, end="")
+    except KeyboardInterrupt:
+        console.print("\n[dim]stopped[/dim]")
+        return None
+    except grpc.RpcError as error:
+        console.print(f"[red]{error.code().name}: {escape(error.details() or '')}[/red]")
+        return None
+    finally:
+        chunks.close()
+    console.print(f"\n[dim]{escape(summary)}[/dim]")
     return answer

@@ -123,7 +123,7 @@ def chat(
     """Chat over several turns; each answer shows its worker, prompt tokens, cached tokens and TTFT."""
     from deploy.chat import run_chat
 
-    asyncio.run(run_chat(router, system, max_tokens, temperature))
+    run_chat(router, system, max_tokens, temperature)
 
 
 @app.command()
@@ -164,7 +164,7 @@ def main() -> None:
         if error.name not in WORKER_MODULES:
             raise
         sys.exit(_fail(f"this needs {error.name}, which a router does without: pip install 'rhizome[worker]'", 2))
-    except grpc.aio.AioRpcError as error:
+    except grpc.RpcError as error:
         sys.exit(_fail(f"{error.code().name}: {error.details()}", 1))
     except KeyboardInterrupt:
         sys.exit(130)

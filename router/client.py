@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -157,6 +157,24 @@ def _timed_out(workers: int, timeout_s: float, problem: str) -> TimeoutError:
     return TimeoutError(f"no {workers} workers were ready within {timeout_s:g} s: {problem}")
 
 
+# Whoever stops listening half-way ends the call at once: the engine frees its blocks then.
+
+
+async def _streamed(call: Any) -> AsyncGenerator[generation_pb2.GenerateChunk, None]:
+    try:
+        async for chunk in call:
+            yield chunk
+    finally:
+        call.cancel()
+
+
+def _streamed_sync(call: Any) -> Generator[generation_pb2.GenerateChunk, None, None]:
+    try:
+        yield from call
+    finally:
+        call.cancel()
+
+
 class Client:
     """A client of one router; use it with `async with`."""
 
@@ -174,21 +192,22 @@ class Client:
 
     async def generate(
         self, prompt: str | None = None, *, timeout_s: float | None = None, direct: bool = False, **ask: Unpack[Ask]
-    ) -> AsyncIterator[generation_pb2.GenerateChunk]:
+    ) -> AsyncGenerator[generation_pb2.GenerateChunk, None]:
         """The answer as it comes; `direct` streams it from the worker itself.
 
         Raises InvalidRequest for what no message can hold, grpc.aio.AioRpcError for all that the servers refuse.
         """
         request = build_request(prompt, **ask)
         if not direct:
-            async for chunk in self.stub.Generate(request, timeout=timeout_s):
+            async for chunk in _streamed(self.stub.Generate(request, timeout=timeout_s)):
                 yield chunk
             return
         started = time.monotonic()
         route = await self.stub.Route(request, timeout=timeout_s)
         left_s = None if timeout_s is None else timeout_s - (time.monotonic() - started)
         async with grpc.aio.insecure_channel(route.worker_address, options=rpc.CHANNEL_OPTIONS) as channel:
-            async for chunk in worker_pb2_grpc.WorkerStub(channel).Generate(route.request, timeout=left_s):
+            worker = worker_pb2_grpc.WorkerStub(channel)
+            async for chunk in _streamed(worker.Generate(route.request, timeout=left_s)):
                 yield chunk
 
     async def complete(
@@ -260,17 +279,18 @@ class SyncClient:
 
     def generate(
         self, prompt: str | None = None, *, timeout_s: float | None = None, direct: bool = False, **ask: Unpack[Ask]
-    ) -> Iterator[generation_pb2.GenerateChunk]:
+    ) -> Generator[generation_pb2.GenerateChunk, None, None]:
         """See Client.generate."""
         request = build_request(prompt, **ask)
         if not direct:
-            yield from self.stub.Generate(request, timeout=timeout_s)
+            yield from _streamed_sync(self.stub.Generate(request, timeout=timeout_s))
             return
         started = time.monotonic()
         route = self.stub.Route(request, timeout=timeout_s)
         left_s = None if timeout_s is None else timeout_s - (time.monotonic() - started)
         with grpc.insecure_channel(route.worker_address, options=rpc.CHANNEL_OPTIONS) as channel:
-            yield from worker_pb2_grpc.WorkerStub(channel).Generate(route.request, timeout=left_s)
+            worker = worker_pb2_grpc.WorkerStub(channel)
+            yield from _streamed_sync(worker.Generate(route.request, timeout=left_s))
 
     def complete(
         self, prompt: str | None = None, *, timeout_s: float | None = None, direct: bool = False, **ask: Unpack[Ask]
