@@ -35,6 +35,15 @@ proto: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
 		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
 
+# Every module of the wheel that needs no torch, so that a missing file or dependency shows.
+IMPORT_ALL := import importlib, pkgutil, deploy, kv_events, radix, rhizome, router, worker; \
+	names = [m.name for p in (deploy, kv_events, radix, rhizome, router, worker) \
+		for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".", onerror=lambda name: None)]; \
+	missing = set(); \
+	exec("for name in names:\n try: importlib.import_module(name)\n except ModuleNotFoundError as e: missing.add(e.name)"); \
+	assert missing <= {"torch", "safetensors"}, missing; \
+	print("wheel:", len(names), "modules import, but for", missing)
+
 # The wheel, not only the editable install: built, put into an empty environment (which, without the extra "worker",
 # has no torch), every package imported.
 wheel-check: install
@@ -43,7 +52,7 @@ wheel-check: install
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl
 	cd build/wheel && venv/bin/rhizome --help >/dev/null && \
-		venv/bin/python -c 'import radix, kv_events, router, worker, deploy, rhizome.v1; print("wheel: all packages import")' && \
+		venv/bin/python -c '$(IMPORT_ALL)' && \
 		(venv/bin/rhizome model tiny --out tiny 2>&1 || true) | grep -F "pip install 'rhizome[worker]'"
 
 clean:

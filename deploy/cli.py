@@ -21,6 +21,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 
+BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 WORKER_MODULES = ("torch", "safetensors")  # the extra "worker"
 
 ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
@@ -50,8 +51,9 @@ def up(
 ) -> None:
     """Start a cluster on this machine: a router and its workers. Ctrl-C ends all of it."""
     from deploy.local import run_cluster
+    from deploy.processes import until_signal
 
-    asyncio.run(run_cluster(model, workers, port, kv_cache_mib))
+    asyncio.run(until_signal(run_cluster(model, workers, port, kv_cache_mib)))
 
 
 @app.command()
@@ -87,6 +89,10 @@ def worker(
     max_running: Annotated[int, typer.Option(help="sequences that run at once")] = 64,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait")] = 256,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores]")] = None,
+    advertise: Annotated[
+        str | None, typer.Option(help="host by which others reach this worker [default: --host]")
+    ] = None,
+    validate: Annotated[bool, typer.Option("--validate", hidden=True)] = False,
     insecure: Insecure = False,
     supervised: Supervised = False,
 ) -> None:
@@ -108,6 +114,8 @@ def worker(
         max_running=max_running,
         max_waiting=max_waiting,
         threads=threads,
+        advertise=advertise,
+        validate=validate,
         insecure=insecure,
     )
     asyncio.run(serve_until_stopped(running_worker(settings), supervised=supervised))
@@ -159,7 +167,7 @@ def main() -> None:
     try:
         app()
     except RhizomeError as error:
-        sys.exit(_fail(str(error), 2))
+        sys.exit(_fail(str(error), 2 if error.code in BAD_INPUT else 1))
     except ModuleNotFoundError as error:
         if error.name not in WORKER_MODULES:
             raise

@@ -56,6 +56,7 @@ class Row:
     cached_tokens: int
     ttft_ms: float
     answer: str
+    tokens: tuple[int, ...]  # of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,17 +103,19 @@ class Demo:
     async def play(self, mode: Mode) -> list[Row]:
         """All conversations side by side, from empty caches."""
         await self._client.clear_caches()
-        await self._settle()
+        async with asyncio.timeout(SETTLE_TIMEOUT_S):
+            while any(worker.indexed_blocks for worker in await self._client.workers()):
+                await asyncio.sleep(0.02)
         sessions = (self._converse(mode, session) for session in range(self._sessions))
         rows = [row for part in await asyncio.gather(*sessions) for row in part]
         self.rows += rows
         return rows
 
     def answers_identical(self) -> bool:
-        """Whether every turn was answered alike in all modes."""
-        answers: dict[tuple[int, int], set[str]] = {}
+        """Whether every turn was answered alike in all modes, token for token."""
+        answers: dict[tuple[int, int], set[tuple[int, ...]]] = {}
         for row in self.rows:
-            answers.setdefault((row.session, row.turn), set()).add(row.answer)
+            answers.setdefault((row.session, row.turn), set()).add(row.tokens)
         return all(len(different) == 1 for different in answers.values())
 
     def summaries(self, block_size: int) -> list[Summary]:
@@ -176,20 +179,15 @@ class Demo:
                 cached_tokens=answer.cached_tokens,
                 ttft_ms=answer.ttft_s * 1000,
                 answer=answer.text,
+                tokens=tuple(answer.token_ids),
             )
             if mode is MODES[0]:
                 prompt = tuple(self._tokenizer.encode_chat(messages))
-                self.tokens.append(TurnTokens(session + 1, turn + 1, prompt, tuple(answer.token_ids)))
+                self.tokens.append(TurnTokens(session + 1, turn + 1, prompt, row.tokens))
             self._on_row(row)
             rows.append(row)
             messages.append({"role": "assistant", "content": answer.text})
         return rows
-
-    async def _settle(self) -> None:
-        """Wait until the router's tree has followed the workers."""
-        async with asyncio.timeout(SETTLE_TIMEOUT_S):
-            while not all(worker.index_synced for worker in await self._client.workers()):
-                await asyncio.sleep(0.02)
 
 
 async def run_demo(*, workers: int, sessions: int, turns: int, json_output: bool) -> int:
@@ -203,7 +201,6 @@ async def run_demo(*, workers: int, sessions: int, turns: int, json_output: bool
             LocalCluster(model_dir, workers, on_event=lambda text: console.print(f"[dim]{text}[/dim]")) as cluster,
             Client(cluster.address) as client,
         ):
-            await client.wait_ready(workers=workers)
             demo = Demo(client, tokenizer, sessions, turns, on_row=lambda row: _print_row(console, row))
             await demo.warm_up()
             trees: Trees = {}

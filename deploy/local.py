@@ -7,9 +7,9 @@ import json
 import logging
 import os
 import secrets
-import signal
 import sys
 import tempfile
+import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -18,12 +18,14 @@ from types import TracebackType
 
 from rhizome.errors import Unavailable
 from rhizome.ticket import SECRET_VARIABLE
+from router.client import Client
 
 _log = logging.getLogger(__name__)
 
 READY_TIMEOUT_S = 120.0  # loading a checkpoint included
 STOP_TIMEOUT_S = 10.0
 FIRST_RESTART_DELAY_S = 0.2
+STABLE_S = 30.0  # a child that lived for so long is restarted at once again
 LONGEST_RESTART_DELAY_S = 10.0
 
 
@@ -92,6 +94,7 @@ class LocalCluster:
             # A router that restarts keeps its port, so that workers and clients find it again.
             self.router.arguments = ["router", "--port", self.address.rpartition(":")[2]]
             await asyncio.gather(*(self._start(worker) for worker in self.workers))
+            await self._joined()
         except BaseException:
             await self.stop()
             raise
@@ -142,25 +145,48 @@ class LocalCluster:
         child.ready.set()
         self._on_event(f"{child.name} serves on {child.address} (pid {child.pid})")
 
+    async def _joined(self) -> None:
+        """Wait until the router takes requests for every worker. Raises Unavailable when a process ends before."""
+        ends = {asyncio.create_task(_exit_code(child)): child for child in (self.router, *self.workers)}
+        async with Client(self.address) as client:
+            joined = asyncio.create_task(client.wait_ready(len(self.workers), timeout_s=READY_TIMEOUT_S))
+            try:
+                await asyncio.wait({joined, *ends}, return_when=asyncio.FIRST_COMPLETED)
+                for end, child in ends.items():
+                    if end.done():
+                        raise _not_started(child)
+                await joined
+            finally:
+                for task in (joined, *ends):
+                    task.cancel()
+                await asyncio.gather(joined, *ends, return_exceptions=True)
+
     async def _watch(self, child: Child) -> None:
         """Start a child again whenever it ends; one that keeps dying is tried ever more rarely."""
         delay_s = FIRST_RESTART_DELAY_S
         while True:
-            assert child.process is not None
-            code = await child.process.wait()
-            self._on_event(f"{child.name} ended (exit code {code}); restarting it")
+            started = time.monotonic()
+            code = await _exit_code(child)
+            lived_s = time.monotonic() - started
+            delay_s = FIRST_RESTART_DELAY_S if lived_s > STABLE_S else min(2 * delay_s, LONGEST_RESTART_DELAY_S)
+            self._on_event(f"{child.name} ended (exit code {code}); restarting it in {delay_s:.1f} s")
             child.ready.clear()
             child.restarts += 1
-            while True:
-                await asyncio.sleep(delay_s)
-                try:
-                    await self._start(child)
-                except Unavailable as error:
-                    delay_s = min(2 * delay_s, LONGEST_RESTART_DELAY_S)
-                    self._on_event(str(error))
-                else:
-                    delay_s = FIRST_RESTART_DELAY_S
-                    break
+            await asyncio.sleep(delay_s)
+            try:
+                await self._start(child)
+            except (Unavailable, OSError, ValueError) as error:
+                self._on_event(f"{child.name}: {error}")
+
+
+async def _exit_code(child: Child) -> int:
+    assert child.process is not None
+    return await child.process.wait()
+
+
+def _not_started(child: Child) -> Unavailable:
+    code = child.process.returncode if child.process else None
+    return Unavailable(f"{child.name} did not start (exit code {code}); its own words are above")
 
 
 async def _end(child: Child) -> None:
@@ -179,11 +205,7 @@ async def _end(child: Child) -> None:
 
 
 async def run_cluster(model_dir: Path | None, workers: int, port: int, kv_cache_mib: int) -> None:
-    """A cluster until Ctrl-C or SIGTERM. Without a checkpoint a tiny one is made for the time."""
-    stopped = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
+    """A cluster until it is cancelled. Without a checkpoint a tiny one is made for the time."""
     with tempfile.TemporaryDirectory(prefix="rhizome-") as folder:
         if model_dir is None:
             # Making a checkpoint needs torch; a cluster of a given one does not.
@@ -194,8 +216,10 @@ async def run_cluster(model_dir: Path | None, workers: int, port: int, kv_cache_
         arguments = ("--kv-cache-mib", str(kv_cache_mib))
         async with LocalCluster(model_dir, workers, port=port, worker_arguments=arguments, on_event=_say) as cluster:
             _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
-            await stopped.wait()
-            _say("stopping")
+            try:
+                await asyncio.Event().wait()
+            finally:
+                _say("stopping")
 
 
 def _say(text: str) -> None:

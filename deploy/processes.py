@@ -9,29 +9,29 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-import grpc
+from typing import TYPE_CHECKING, Any
 
 from kv_events.log import EventLog
 from rhizome import rpc
-from rhizome.errors import InvalidRequest
+from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
 from rhizome.ticket import fleet_secret
 from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import fleet_pb2
+from rhizome.validate import check_name
 
 if TYPE_CHECKING:
-    from worker.client import FleetMember
     from worker.engine import Engine
+    from worker.engine_thread import EngineThread
     from worker.service import WorkerIdentity
 
 _log = logging.getLogger(__name__)
 
 EVENT_BATCHES_KEPT = 8192  # a router that is away for longer takes a snapshot
+WILDCARDS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - refused, not bound
 ROLES = {
     "both": fleet_pb2.WORKER_ROLE_BOTH,
     "prefill": fleet_pb2.WORKER_ROLE_PREFILL,
@@ -58,10 +58,16 @@ class WorkerSettings:
     max_waiting: int = 256
     threads: int | None = None
     insecure: bool = False
+    advertise: str | None = None  # the host by which routers and clients reach this worker; default: `host`
+    validate: bool = False  # check every invariant of the engine after each step; for tests
 
     def check(self) -> None:
         """Raise InvalidRequest for what can be seen to be wrong before the checkpoint is read."""
         rpc.check_bind_host(self.host, insecure=self.insecure)
+        check_name("id", self.worker_id)
+        check_name("model_name", self.served_name)
+        if self.host in WILDCARDS and self.routers and not self.advertise:
+            raise InvalidRequest("advertise", None, f"the host by which others reach it, as {self.host} is a wildcard")
         if self.role not in ROLES:
             raise InvalidRequest("role", self.role, f"one of {', '.join(ROLES)}")
         for name in ("kv_cache_mib", "block_size"):
@@ -69,13 +75,29 @@ class WorkerSettings:
                 raise InvalidRequest(name, getattr(self, name), "at least 1")
         if self.threads is not None and self.threads < 1:
             raise InvalidRequest("threads", self.threads, "at least 1")
+        memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
+        if self.kv_cache_mib > memory_mib:
+            raise InvalidRequest("kv_cache_mib", self.kv_cache_mib, f"at most this machine's {memory_mib} MiB")
         if not self.model_dir.is_dir():
             raise InvalidRequest("model", str(self.model_dir), "a folder with a Hugging Face checkpoint")
+
+    @property
+    def served_name(self) -> str:
+        """What clients call the model."""
+        return self.model_name or self.model_dir.resolve().name
+
+    def reached_at(self, bound: str) -> str:
+        """The address to register for one that is bound as host:port."""
+        return f"{self.advertise}:{bound.rpartition(':')[2]}" if self.advertise else bound
 
 
 @asynccontextmanager
 async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
-    """Load the model, serve it, and join the routers' fleets; yields the worker's address."""
+    """Load the model, serve it, and join the routers' fleets; yields the worker's address.
+
+    Raises InvalidRequest or CheckpointError for what cannot be served; later Refused when a router will not have this
+    worker, and Unavailable when its engine has failed for good.
+    """
     # Torch is loaded by the processes that compute, not by a router or a client.
     from worker.client import FleetMember, registration
     from worker.engine_thread import EngineThread
@@ -87,29 +109,26 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
     thread = EngineThread(engine)
     thread.start()
     try:
-        async with AsyncExitStack() as stack:
-            address = await stack.enter_async_context(running_server(identity, thread, settings.host, settings.port))
-            request = registration(identity, thread, address, ROLES[settings.role])
-            for router in settings.routers:
-                member = FleetMember(router, request, identity, thread)
-                stack.push_async_callback(_cancel, asyncio.create_task(_stay(member)))
-            yield address
+        async with running_server(identity, thread, settings.host, settings.port) as address:
+            try:
+                async with asyncio.TaskGroup() as group:
+                    request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role])
+                    members = (FleetMember(router, request, identity, thread).run() for router in settings.routers)
+                    tasks = [group.create_task(work) for work in (_end_with(thread), *members)]
+                    yield address
+                    for task in tasks:
+                        task.cancel()
+            except* RhizomeError as errors:
+                raise errors.exceptions[0] from None
     finally:
         thread.stop()
 
 
-async def _stay(member: FleetMember) -> None:
-    """A router that refuses this worker for good ends the whole process, with its reason."""
+async def _end_with(thread: EngineThread) -> None:
     try:
-        await member.run()
-    except grpc.aio.AioRpcError as error:
-        _log.error("the router refuses this worker: %s", error.details())
-        signal.raise_signal(signal.SIGTERM)
-
-
-async def _cancel(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
+        await asyncio.shield(asyncio.wrap_future(thread.ended))
+    except Exception as error:
+        raise Unavailable(f"the engine failed: {error}") from error
 
 
 def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity, Engine]:
@@ -134,7 +153,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
     config = SchedulerConfig(
         num_blocks=num_blocks,
         block_size=settings.block_size,
-        max_model_len=settings.max_model_len or longest,
+        max_model_len=longest if settings.max_model_len is None else settings.max_model_len,
         max_batched_tokens=settings.max_batched_tokens,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
@@ -144,7 +163,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         raise InvalidRequest("max_model_len", config.max_model_len, limit)
     model = load_model(settings.model_dir)
     card = fleet_pb2.ModelCard(
-        name=settings.model_name or settings.model_dir.resolve().name,
+        name=settings.served_name,
         max_model_len=config.max_model_len,
         vocab_size=model_config.vocab_size,
         block_size=settings.block_size,
@@ -158,22 +177,43 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         eos_token_ids=frozenset(model_config.eos_token_ids),
         clock=time.monotonic,
         wall_clock=time.time,
+        validate=settings.validate,
     )
     return WorkerIdentity(settings.worker_id, epoch, card, files, fleet_secret()), engine
 
 
 async def serve_until_stopped(serving: AbstractAsyncContextManager[str], *, supervised: bool) -> None:
     """Run a server until SIGINT or SIGTERM. A supervised one also ends with its parent, and says where it serves."""
-    stopped = asyncio.Event()
+
+    async def serve() -> None:
+        async with serving as address:
+            if supervised:
+                print(json.dumps({"address": address}), flush=True)
+            else:
+                _log.info("serving on %s", address)
+            await asyncio.Event().wait()
+
+    await until_signal(serve(), end_with_stdin=supervised)
+
+
+async def until_signal(work: Coroutine[Any, Any, None], *, end_with_stdin: bool = False) -> None:
+    """Run `work` until it ends or a first SIGINT or SIGTERM cancels it, at whatever point; a second one is not held up.
+
+    With `end_with_stdin` the end of standard input does the same: its other end is held by the parent process.
+    """
+    task = asyncio.create_task(work)
     loop = asyncio.get_running_loop()
+
+    def stop() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+        if end_with_stdin:
+            loop.remove_reader(sys.stdin.fileno())
+        task.cancel()
+
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stopped.set)
-    if supervised:
-        # The parent holds the other end of standard input: its end is the parent's.
-        loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(sys.stdin.fileno(), 4096) else stopped.set())
-    async with serving as address:
-        if supervised:
-            print(json.dumps({"address": address}), flush=True)
-        else:
-            _log.info("serving on %s", address)
-        await stopped.wait()
+        loop.add_signal_handler(number, stop)
+    if end_with_stdin:
+        loop.add_reader(sys.stdin.fileno(), lambda: None if os.read(sys.stdin.fileno(), 4096) else stop())
+    with suppress(asyncio.CancelledError):
+        await task

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
@@ -199,16 +200,18 @@ class Client:
         """
         request = build_request(prompt, **ask)
         if not direct:
-            async for chunk in _streamed(self.stub.Generate(request, timeout=timeout_s)):
-                yield chunk
+            async with aclosing(_streamed(self.stub.Generate(request, timeout=timeout_s))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
             return
         started = time.monotonic()
         route = await self.stub.Route(request, timeout=timeout_s)
         left_s = None if timeout_s is None else timeout_s - (time.monotonic() - started)
         async with grpc.aio.insecure_channel(route.worker_address, options=rpc.CHANNEL_OPTIONS) as channel:
             worker = worker_pb2_grpc.WorkerStub(channel)
-            async for chunk in _streamed(worker.Generate(route.request, timeout=left_s)):
-                yield chunk
+            async with aclosing(_streamed(worker.Generate(route.request, timeout=left_s))) as chunks:
+                async for chunk in chunks:
+                    yield chunk
 
     async def complete(
         self, prompt: str | None = None, *, timeout_s: float | None = None, direct: bool = False, **ask: Unpack[Ask]

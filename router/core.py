@@ -224,7 +224,8 @@ class Router:
     def _candidate(self, prompt_tokens: int, member: Member, depth: int) -> Candidate:
         info, load, timing = member.info, self.load.of(member.info.worker_id), self._timings[member.info.worker_id]
         costs = timing.costs if timing.measured else self._prior(info)
-        cached = min(depth * info.model.block_size, prompt_tokens - 1)  # the last token is computed in any case
+        # The last token is computed in any case, and blocks are reused whole.
+        cached = min(depth, (prompt_tokens - 1) // info.model.block_size) * info.model.block_size
         prefill, queued, budget = prompt_tokens - cached, load.queued_prefill_tokens, info.max_batched_tokens
         return Candidate(
             worker_id=info.worker_id,

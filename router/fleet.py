@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from rhizome.errors import Conflict, InvalidRequest, NotServed, Overloaded, Unavailable
+from rhizome.validate import check_name
 
 LEASE_S = 3.0
 HEARTBEATS_PER_LEASE = 6
 MAX_WORKERS = 1024  # one match and one prediction visits each of them
 MAX_MODELS_REMEMBERED = 256  # names only, to tell "gone for now" from "never heard of"
-MAX_NAME_CHARS = 256
 
 
 class Role(IntEnum):
@@ -95,9 +95,7 @@ def parse_role(value: int) -> Role:
 def check_worker(info: WorkerInfo) -> None:
     """Raise InvalidRequest for a registration that no router could work with."""
     for field, name in (("worker_id", info.worker_id), ("model.name", info.model.name), ("address", info.address)):
-        if not (0 < len(name) <= MAX_NAME_CHARS and name.isascii() and name.isprintable() and " " not in name):
-            limit = f"1 to {MAX_NAME_CHARS} printable ASCII characters without spaces"
-            raise InvalidRequest(field, name, limit)
+        check_name(field, name)
     positive = {
         "epoch": info.epoch,
         "model.max_model_len": info.model.max_model_len,

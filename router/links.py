@@ -152,8 +152,8 @@ class Links:
         while True:
             try:
                 await self._ensure_tokenizer(link)
-            except (grpc.aio.AioRpcError, BadTokenizer) as error:
-                problem = error.details() if isinstance(error, grpc.aio.AioRpcError) else error
+            except Exception as error:  # whatever a worker's files are, its events are followed meanwhile
+                problem = error.details() if isinstance(error, grpc.aio.AioRpcError) else repr(error)
                 logger.warning("worker %s: no tokenizer: %s; trying again", link.info.worker_id, problem)
                 await asyncio.sleep(delay_s)
                 delay_s = min(MAX_RETRY_S, 2 * delay_s)

@@ -8,7 +8,7 @@ from functools import lru_cache
 from typing import TypeVar
 
 import numpy as np
-from google.protobuf.message import DecodeError, Message
+from google.protobuf.message import Message
 
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import Tokens, hashes_of
@@ -24,15 +24,6 @@ M = TypeVar("M", bound=Message)
 
 _ID_LISTS = ("prefilled_request_ids", "finished_request_ids")
 _COUNTERS = tuple(field.name for field in fields(WorkerReport) if field.name not in _ID_LISTS)
-
-
-def parse(message_type: type[M], data: bytes) -> M:
-    """A message from its bytes. Raises InvalidRequest, where gRPC's own deserializing would say INTERNAL."""
-    try:
-        return message_type.FromString(data)
-    except DecodeError as error:
-        limit = f"a {message_type.DESCRIPTOR.full_name} whose strings are UTF-8 ({error})"
-        raise InvalidRequest("request", f"{len(data)} bytes", limit) from None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +73,8 @@ def prepare(
 def _tokens(request: router_pb2.GenerateRequest, card: ModelCard, tokenizer: PromptTokenizer | None) -> Tokens:
     match request.WhichOneof("prompt"):
         case "text" if tokenizer:
+            if not request.text:  # of which many a tokenizer would make a BOS
+                raise InvalidRequest("prompt", "", "it must not be empty")
             return tokenizer.encode(request.text, card.max_model_len)
         case "chat" if tokenizer:
             messages = [{"role": m.role, "content": m.content} for m in request.chat.messages]

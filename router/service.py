@@ -6,26 +6,22 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn
 
 import grpc
-from google.protobuf.message import Message
 
 from rhizome import rpc, ticket, validate
-from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
+from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import Router
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
 from router.links import Links, WorkerLink
-from router.messages import PreparedRequest, decision_message, parse, prepare, worker_entry, worker_info, worker_report
+from router.messages import PreparedRequest, decision_message, prepare, worker_entry, worker_info, worker_report
 from router.policy import Decision, PredictedTtft
 
 logger = logging.getLogger(__name__)
-
-Context = grpc.aio.ServicerContext[Any, Any]
-M = TypeVar("M", bound=Message)
 
 EXPIRY_INTERVAL_S = 0.25
 MAX_WORKERS_TRIED = 3  # for one request, while none has delivered anything
@@ -54,7 +50,7 @@ class RouterService:
         self._links = links
         self._secret = secret
 
-    async def generate(self, request: router_pb2.GenerateRequest, context: Context) -> None:
+    async def generate(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> None:
         """Route, then pass the worker's chunks through; while nothing was delivered another worker can take over."""
         prepared = await self._prepare(request, streamed=True)
         for workers_left in reversed(range(MAX_WORKERS_TRIED)):
@@ -71,7 +67,7 @@ class RouterService:
                 self._router.finish(decision.request_id)
 
     async def _pass_through(
-        self, message: worker_pb2.WorkerGenerateRequest, decision: Decision, context: Context
+        self, message: worker_pb2.WorkerGenerateRequest, decision: Decision, context: rpc.Context
     ) -> None:
         link = self._links[decision.worker_id]
         delivered = 0
@@ -94,7 +90,7 @@ class RouterService:
         finally:
             call.cancel()
 
-    async def route(self, request: router_pb2.GenerateRequest, context: Context) -> router_pb2.RouteResponse:
+    async def route(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> router_pb2.RouteResponse:
         """Decide and reserve; the client goes to the worker itself."""
         prepared = await self._prepare(request, streamed=False)
         decision = self._router.route(prepared.route, time.monotonic())
@@ -103,13 +99,13 @@ class RouterService:
             decision=decision_message(decision), worker_address=decision.address, request=prepared.message
         )
 
-    async def explain(self, request: router_pb2.GenerateRequest, context: Context) -> router_pb2.Decision:
+    async def explain(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> router_pb2.Decision:
         """What route would decide."""
         prepared = await self._prepare(request, streamed=False)
         return decision_message(self._router.explain(prepared.route))
 
     async def list_workers(
-        self, request: router_pb2.ListWorkersRequest, context: Context
+        self, request: router_pb2.ListWorkersRequest, context: rpc.Context
     ) -> router_pb2.ListWorkersResponse:
         """Every registered worker, with what this router knows of it."""
         response = router_pb2.ListWorkersResponse()
@@ -126,7 +122,7 @@ class RouterService:
             response.workers.append(entry)
         return response
 
-    async def get_index(self, request: router_pb2.GetIndexRequest, context: Context) -> None:
+    async def get_index(self, request: router_pb2.GetIndexRequest, context: rpc.Context) -> None:
         """The blocks of one worker or all, in chunks; at least one chunk a worker. Raises NotServed."""
         fleet, index = self._router.fleet, self._router.index
         members = [fleet.get(request.worker_id)] if request.worker_id else fleet.members()
@@ -145,14 +141,14 @@ class RouterService:
                 await context.write(chunk.SerializeToString())
 
     async def set_draining(
-        self, request: router_pb2.SetDrainingRequest, context: Context
+        self, request: router_pb2.SetDrainingRequest, context: rpc.Context
     ) -> router_pb2.SetDrainingResponse:
         """Stop or resume routing to a worker. Raises NotServed."""
         self._router.set_draining(request.worker_id, request.draining)
         return router_pb2.SetDrainingResponse()
 
     async def clear_caches(
-        self, request: router_pb2.ClearCachesRequest, context: Context
+        self, request: router_pb2.ClearCachesRequest, context: rpc.Context
     ) -> router_pb2.ClearCachesResponse:
         """Have every worker forget what no running request uses. Raises Unavailable naming those that did not."""
 
@@ -190,9 +186,9 @@ class FleetService:
         self._links = links
         self._secret = secret
 
-    async def register(self, request: fleet_pb2.RegisterRequest, context: Context) -> fleet_pb2.RegisterResponse:
+    async def register(self, request: fleet_pb2.RegisterRequest, context: rpc.Context) -> fleet_pb2.RegisterResponse:
         """Give a worker its lease, and begin to follow it."""
-        ticket.check_registration(self._secret, request)
+        ticket.check_member(self._secret, request)
         info = worker_info(request)
         if not _ADDRESS.fullmatch(info.address):
             raise InvalidRequest("address", info.address, "host:port")
@@ -204,14 +200,18 @@ class FleetService:
             heartbeat_interval_s=self._router.fleet.lease_s / HEARTBEATS_PER_LEASE,
         )
 
-    async def heartbeat(self, request: fleet_pb2.HeartbeatRequest, context: Context) -> fleet_pb2.HeartbeatResponse:
+    async def heartbeat(self, request: fleet_pb2.HeartbeatRequest, context: rpc.Context) -> fleet_pb2.HeartbeatResponse:
         """Renew a lease, and learn the worker's state."""
+        ticket.check_member(self._secret, request)
         status = request.status
         draining = self._router.heartbeat(status.worker_id, status.epoch, worker_report(status), time.monotonic())
         return fleet_pb2.HeartbeatResponse(draining=draining)
 
-    async def deregister(self, request: fleet_pb2.DeregisterRequest, context: Context) -> fleet_pb2.DeregisterResponse:
+    async def deregister(
+        self, request: fleet_pb2.DeregisterRequest, context: rpc.Context
+    ) -> fleet_pb2.DeregisterResponse:
         """A worker leaves."""
+        ticket.check_member(self._secret, request)
         self._router.deregister(request.worker_id, request.epoch)
         self._links.retire(request.worker_id)
         logger.info("worker %s of epoch %d left", request.worker_id, request.epoch)
@@ -228,45 +228,20 @@ def _metadata(decision: Decision) -> tuple[tuple[str, str], ...]:
     )
 
 
-# Handlers take and give bytes: requests are parsed here, for a clear error, and chunks are not parsed at all.
-
-
-def _unary(message_type: type[M], method: Callable[[M, Context], Awaitable[Message]]) -> Any:
-    async def handle(data: bytes, context: Context) -> bytes:
-        try:
-            response = await method(parse(message_type, data), context)
-        except RhizomeError as error:
-            await rpc.abort(context, error)
-        return response.SerializeToString()
-
-    return grpc.unary_unary_rpc_method_handler(handle)
-
-
-def _streaming(message_type: type[M], method: Callable[[M, Context], Awaitable[None]]) -> Any:
-    # A coroutine that writes, not a generator: a cancelled call then ends at once.
-    async def handle(data: bytes, context: Context) -> None:
-        try:
-            await method(parse(message_type, data), context)
-        except RhizomeError as error:
-            await rpc.abort(context, error)
-
-    return grpc.unary_stream_rpc_method_handler(handle)
-
-
 def _handlers(service: RouterService, fleet: FleetService) -> tuple[grpc.GenericRpcHandler, ...]:
     routing = {
-        "Generate": _streaming(router_pb2.GenerateRequest, service.generate),
-        "Route": _unary(router_pb2.GenerateRequest, service.route),
-        "Explain": _unary(router_pb2.GenerateRequest, service.explain),
-        "ListWorkers": _unary(router_pb2.ListWorkersRequest, service.list_workers),
-        "GetIndex": _streaming(router_pb2.GetIndexRequest, service.get_index),
-        "SetDraining": _unary(router_pb2.SetDrainingRequest, service.set_draining),
-        "ClearCaches": _unary(router_pb2.ClearCachesRequest, service.clear_caches),
+        "Generate": rpc.streaming(router_pb2.GenerateRequest, service.generate),
+        "Route": rpc.unary(router_pb2.GenerateRequest, service.route),
+        "Explain": rpc.unary(router_pb2.GenerateRequest, service.explain),
+        "ListWorkers": rpc.unary(router_pb2.ListWorkersRequest, service.list_workers),
+        "GetIndex": rpc.streaming(router_pb2.GetIndexRequest, service.get_index),
+        "SetDraining": rpc.unary(router_pb2.SetDrainingRequest, service.set_draining),
+        "ClearCaches": rpc.unary(router_pb2.ClearCachesRequest, service.clear_caches),
     }
     joining = {
-        "Register": _unary(fleet_pb2.RegisterRequest, fleet.register),
-        "Heartbeat": _unary(fleet_pb2.HeartbeatRequest, fleet.heartbeat),
-        "Deregister": _unary(fleet_pb2.DeregisterRequest, fleet.deregister),
+        "Register": rpc.unary(fleet_pb2.RegisterRequest, fleet.register),
+        "Heartbeat": rpc.unary(fleet_pb2.HeartbeatRequest, fleet.heartbeat),
+        "Deregister": rpc.unary(fleet_pb2.DeregisterRequest, fleet.deregister),
     }
     return (
         grpc.method_handlers_generic_handler("rhizome.v1.Router", routing),

@@ -46,11 +46,11 @@ class PromptTokenizer:
         self._tokenizer.no_padding()
         try:
             config = json.loads(files.get("tokenizer_config.json", b"{}"))
+            self._variables = _special_tokens(config)
             source = files["chat_template.jinja"].decode() if "chat_template.jinja" in files else _template_of(config)
             self._template = _environment().from_string(source) if source is not None else None
         except (ValueError, AttributeError, jinja2.TemplateError) as error:
             raise BadTokenizer(f"chat template: {error}") from error
-        self._variables = _special_tokens(config)
 
     def encode(self, text: str, max_tokens: int | None = None) -> Tokens:
         """Token ids of plain text, special tokens added as the tokenizer does (a first BOS, say).

@@ -8,6 +8,7 @@ import logging
 import grpc
 
 from rhizome import rpc, ticket
+from rhizome.errors import RhizomeError
 from rhizome.v1 import fleet_pb2, fleet_pb2_grpc
 from worker.engine_thread import EngineThread
 from worker.service import WorkerIdentity, status_message
@@ -16,6 +17,20 @@ _log = logging.getLogger(__name__)
 
 RETRY_S = 0.5
 CALL_TIMEOUT_S = 5.0
+
+
+FINAL_REFUSALS = (
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.FAILED_PRECONDITION,
+    grpc.StatusCode.INVALID_ARGUMENT,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
+
+
+class Refused(RhizomeError):
+    """A router will not have this worker, and trying again would not help."""
+
+    code = "FAILED_PRECONDITION"
 
 
 def registration(
@@ -34,7 +49,7 @@ def registration(
         max_waiting=config.max_waiting,
         max_batched_tokens=config.max_batched_tokens,
     )
-    ticket.sign_registration(identity.secret, request)
+    ticket.sign_member(identity.secret, request)
     return request
 
 
@@ -50,8 +65,7 @@ class FleetMember:
     async def run(self) -> None:
         """Register, then send heartbeats; register again whenever the router does not know this worker.
 
-        Raises grpc.aio.AioRpcError when the router refuses this worker for good (wrong proof, old epoch, model unlike
-        the fleet's).
+        Raises Refused when the router refuses this worker for good (wrong proof, old epoch, model unlike the fleet's).
         """
         async with grpc.aio.insecure_channel(self._router, options=rpc.CHANNEL_OPTIONS) as channel:
             fleet = fleet_pb2_grpc.FleetStub(channel)
@@ -72,22 +86,19 @@ class FleetMember:
                 status = status_message(self._identity, self._thread.status)
                 status.prefilled_request_ids.extend(prefilled)
                 status.finished_request_ids.extend(finished)
-                await fleet.Heartbeat(fleet_pb2.HeartbeatRequest(status=status), timeout=CALL_TIMEOUT_S)
+                heartbeat = fleet_pb2.HeartbeatRequest(status=status)
+                ticket.sign_member(self._identity.secret, heartbeat)
+                await fleet.Heartbeat(heartbeat, timeout=CALL_TIMEOUT_S)
                 await asyncio.sleep(lease.heartbeat_interval_s)
         except grpc.aio.AioRpcError as error:
-            retried = (
-                grpc.StatusCode.UNAVAILABLE,
-                grpc.StatusCode.NOT_FOUND,
-                grpc.StatusCode.DEADLINE_EXCEEDED,
-                grpc.StatusCode.RESOURCE_EXHAUSTED,
-            )
-            if error.code() not in retried:
-                raise
+            if error.code() in FINAL_REFUSALS:
+                raise Refused(f"router {self._router} refuses this worker: {error.details()}") from error
             _log.info("router %s: %s; registering again", self._router, error.details())
             await asyncio.sleep(RETRY_S)
 
     async def _leave(self, fleet: fleet_pb2_grpc.FleetAsyncStub) -> None:
         request = fleet_pb2.DeregisterRequest(worker_id=self._identity.worker_id, epoch=self._identity.epoch)
+        ticket.sign_member(self._identity.secret, request)
         try:
             await fleet.Deregister(request, timeout=1.0)
         except grpc.aio.AioRpcError as error:

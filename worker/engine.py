@@ -146,13 +146,14 @@ class Engine:
         self._check()
         return outputs
 
-    def abort_all(self) -> list[str]:
+    def abort_all(self) -> None:
         """After a failed step nothing computed can be trusted: forget all requests and all cached blocks."""
-        aborted = list(self._requests)
-        for request_id in aborted:
-            self.cancel(request_id)
+        for sequence in (*self.scheduler.running, *self.scheduler.waiting):
+            self.scheduler.remove(sequence)
+        for request_id in self._requests:
+            self._note(request_id, ended=True)
+        self._requests.clear()
         self.clear_cache()
-        return aborted
 
     def status(self) -> EngineStatus:
         pool = self.scheduler.cache.pool

@@ -32,6 +32,7 @@ class EngineThread:
         self._commands: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._listeners: dict[str, Listener] = {}
         self._stopping = False
+        self.ended: Future[None] = Future()  # when the thread ends; with the error that ended it
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
 
     def start(self) -> None:
@@ -55,6 +56,8 @@ class EngineThread:
         future: Future[_T] = Future()
 
         def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return  # whoever asked has gone meanwhile
             try:
                 future.set_result(function())
             except Exception as error:
@@ -64,6 +67,17 @@ class EngineThread:
         return future
 
     def _loop(self) -> None:
+        """Until stopped. A defect outside a step ends the thread, tells everybody, and lets the owner know."""
+        try:
+            self._work()
+        except Exception as error:
+            _log.exception("the engine's thread failed")
+            self._end(Unavailable(f"the engine failed: {error}"))
+            self.ended.set_exception(error)
+        else:
+            self.ended.set_result(None)
+
+    def _work(self) -> None:
         while not self._stopping:
             self._take_commands()
             if self.engine.has_work and not self._stopping:
@@ -86,8 +100,8 @@ class EngineThread:
             outputs = self.engine.step()
         except Exception as error:
             _log.exception("an engine step failed; all requests in flight are ended and the cache is cleared")
-            for request_id in self.engine.abort_all():
-                self._tell(request_id, RhizomeError(f"the engine failed: {error}"), last=True)
+            self.engine.abort_all()
+            self._end(RhizomeError(f"the engine failed: {error}"))
             return
         for output in outputs:
             self._tell(output.request_id, output, last=output.request_finished)
@@ -111,5 +125,11 @@ class EngineThread:
 
     def _stop(self) -> None:
         self._stopping = True
-        for request_id in self.engine.abort_all():
-            self._tell(request_id, Unavailable("the worker stops"), last=True)
+        self.engine.abort_all()
+        self._end(Unavailable("the worker stops"))
+
+    def _end(self, error: RhizomeError) -> None:
+        """Nothing more will come for anybody who listens now."""
+        listeners, self._listeners = self._listeners, {}
+        for listener in listeners.values():
+            listener(error)

@@ -104,4 +104,9 @@ class PrefixCache:
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block)
         del self._by_key[content.key]
-        self._events.append(BlockRemoved(np.array([hash_of(content.key)], np.uint64)))
+        removed = np.array([hash_of(content.key)], np.uint64)
+        last = self._events[-1] if self._events else None
+        if isinstance(last, BlockRemoved):
+            self._events[-1] = BlockRemoved(np.append(last.block_hashes, removed))
+        else:
+            self._events.append(BlockRemoved(removed))

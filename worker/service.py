@@ -9,7 +9,6 @@ import uuid
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import grpc
 import numpy as np
@@ -46,7 +45,7 @@ class WorkerIdentity:
     secret: bytes = b""
 
 
-class WorkerService(worker_pb2_grpc.WorkerServicer):
+class WorkerService:
     """Requests to the engine's thread, its outputs back as chunks."""
 
     def __init__(self, identity: WorkerIdentity, thread: EngineThread, wall_ms: Callable[[], int]) -> None:
@@ -55,13 +54,9 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
         self._wall_ms = wall_ms
         self._own_hasher = BlockHasher(identity.model.block_size, derive_salt(identity.model.name))
 
-    async def Generate(
-        self, request: worker_pb2.WorkerGenerateRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[generation_pb2.GenerateChunk]:
-        try:
-            engine_request = self._parse(request)
-        except RhizomeError as error:
-            await rpc.abort(context, error)
+    async def generate(self, request: worker_pb2.WorkerGenerateRequest, context: rpc.Context) -> None:
+        """Stream a request's chunks. When the call ends before, whoever ended it, so does the request."""
+        engine_request = self._parse(request)
         outputs: asyncio.Queue[Output | RhizomeError] = asyncio.Queue()  # bounded by the request's max_tokens
         loop = asyncio.get_running_loop()
 
@@ -75,8 +70,8 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             while True:
                 output = await outputs.get()
                 if isinstance(output, RhizomeError):
-                    await rpc.abort(context, output)
-                yield self._chunk(output, first=first)
+                    raise output
+                await context.write(self._chunk(output, first=first).SerializeToString())
                 first = False
                 if output.request_finished:
                     return
@@ -84,21 +79,21 @@ class WorkerService(worker_pb2_grpc.WorkerServicer):
             # A client that went away, or its deadline: the blocks are free before the next step.
             self._thread.cancel(engine_request.request_id, listener)
 
-    async def GetStatus(
-        self, request: worker_pb2.GetStatusRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> worker_pb2.WorkerStatus:
+    async def get_status(self, request: worker_pb2.GetStatusRequest, context: rpc.Context) -> worker_pb2.WorkerStatus:
+        """As of the last step."""
         return status_message(self._identity, self._thread.status)
 
-    async def GetTokenizer(
-        self, request: worker_pb2.GetTokenizerRequest, context: grpc.aio.ServicerContext[Any, Any]
-    ) -> AsyncIterator[worker_pb2.FileChunk]:
+    async def get_tokenizer(self, request: worker_pb2.GetTokenizerRequest, context: rpc.Context) -> None:
+        """The tokenizer's files in pieces."""
         for name, data in sorted(self._identity.tokenizer_files.items()):
             for at in range(0, max(len(data), 1), FILE_CHUNK_BYTES):
-                yield worker_pb2.FileChunk(name=name, data=data[at : at + FILE_CHUNK_BYTES])
+                piece = worker_pb2.FileChunk(name=name, data=data[at : at + FILE_CHUNK_BYTES])
+                await context.write(piece.SerializeToString())
 
-    async def ClearCache(
-        self, request: worker_pb2.ClearCacheRequest, context: grpc.aio.ServicerContext[Any, Any]
+    async def clear_cache(
+        self, request: worker_pb2.ClearCacheRequest, context: rpc.Context
     ) -> worker_pb2.ClearCacheResponse:
+        """Between two steps."""
         blocks = await asyncio.wrap_future(self._thread.call(self._thread.engine.clear_cache))
         return worker_pb2.ClearCacheResponse(blocks=blocks)
 
@@ -206,7 +201,13 @@ async def running_server(identity: WorkerIdentity, thread: EngineThread, host: s
     """Serve the engine behind `thread`; yields the bound address."""
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     service = WorkerService(identity, thread, wall_ms=lambda: int(time.time() * 1000))
-    worker_pb2_grpc.add_WorkerServicer_to_server(service, server)
+    handlers = {
+        "Generate": rpc.streaming(worker_pb2.WorkerGenerateRequest, service.generate),
+        "GetStatus": rpc.unary(worker_pb2.GetStatusRequest, service.get_status),
+        "GetTokenizer": rpc.streaming(worker_pb2.GetTokenizerRequest, service.get_tokenizer),
+        "ClearCache": rpc.unary(worker_pb2.ClearCacheRequest, service.clear_cache),
+    }
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("rhizome.v1.Worker", handlers),))
     events = KvEventsService(thread.engine.event_log)
     worker_pb2_grpc.add_KvEventsServicer_to_server(events, server)
     async with rpc.serving(server, host, port, ("rhizome.v1.Worker", "rhizome.v1.KvEvents")) as address:

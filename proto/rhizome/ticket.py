@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import os
+from typing import TypeAlias
 
 from rhizome.errors import Denied
 from rhizome.v1 import fleet_pb2, worker_pb2
@@ -75,18 +76,23 @@ def has_valid_ticket(
     return True
 
 
-def _registration_mac(secret: bytes, request: fleet_pb2.RegisterRequest) -> bytes:
-    parts = (request.worker_id.encode(), request.epoch.to_bytes(8, "little"), request.address.encode())
-    return _mac(secret, b"register", *parts)
+FleetRequest: TypeAlias = fleet_pb2.RegisterRequest | fleet_pb2.HeartbeatRequest | fleet_pb2.DeregisterRequest
 
 
-def sign_registration(secret: bytes, request: fleet_pb2.RegisterRequest) -> None:
-    """Prove that a worker belongs to the fleet; without a secret, nothing."""
+def _proof(secret: bytes, request: FleetRequest) -> bytes:
+    unsigned = type(request)()
+    unsigned.CopyFrom(request)  # type: ignore[arg-type]  # the same type by construction
+    unsigned.ClearField("proof")
+    return _mac(secret, request.DESCRIPTOR.full_name.encode(), unsigned.SerializeToString(deterministic=True))
+
+
+def sign_member(secret: bytes, request: FleetRequest) -> None:
+    """Prove that a request comes from a worker of the fleet; without a secret, nothing."""
     if secret:
-        request.proof = _registration_mac(secret, request)
+        request.proof = _proof(secret, request)
 
 
-def check_registration(secret: bytes, request: fleet_pb2.RegisterRequest) -> None:
-    """Raise Denied unless the registration is signed under the fleet's secret (where there is one)."""
-    if secret and not hmac.compare_digest(request.proof, _registration_mac(secret, request)):
-        raise Denied(f"worker {request.worker_id}: the registration is not signed under the fleet's secret")
+def check_member(secret: bytes, request: FleetRequest) -> None:
+    """Raise Denied unless the request is signed under the fleet's secret (where there is one)."""
+    if secret and not hmac.compare_digest(request.proof, _proof(secret, request)):
+        raise Denied(f"{request.DESCRIPTOR.name}: not signed under the fleet's secret")

@@ -13,6 +13,7 @@ from rhizome.errors import InvalidRequest
 from rhizome.v1 import generation_pb2 as pb
 
 MAX_REQUEST_ID_CHARS = 128
+MAX_NAME_CHARS = 128  # an event batch holds it too
 MAX_CHOICES = 16
 MAX_LOGPROBS = 20  # OpenAI's bound
 MAX_STOP_STRINGS = 16
@@ -29,6 +30,12 @@ def check_request_id(request_id: str) -> None:
     if not _REQUEST_ID.fullmatch(request_id):
         limit = f"at most {MAX_REQUEST_ID_CHARS} printable ASCII characters without spaces"
         raise InvalidRequest("request_id", request_id, limit)
+
+
+def check_name(field: str, name: str) -> None:
+    """A worker's id, a model's name, an address: printable ASCII without spaces, for logs and metadata."""
+    if not (0 < len(name) <= MAX_NAME_CHARS and name.isascii() and name.isprintable() and " " not in name):
+        raise InvalidRequest(field, name, f"1 to {MAX_NAME_CHARS} printable ASCII characters without spaces")
 
 
 def check_prompt_length(prompt_tokens: int, max_model_len: int) -> None:

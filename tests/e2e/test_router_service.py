@@ -28,13 +28,13 @@ def test_a_request_goes_to_the_worker_that_holds_its_prefix() -> None:
         await running.until(lambda entry: entry is not None and entry.indexed_blocks == held, "worker-1")
         decision = await running.client.explain(token_ids=PROMPT)
         assert decision.worker_id == "worker-1"
-        assert decision.candidates[0].cached_tokens == 399  # the last token is always computed
+        assert decision.candidates[0].cached_tokens == 384  # whole blocks, and the last token is always computed
         assert decision.candidates[1].cached_tokens == 0
         call = running.client.stub.Generate(
             router_pb2.GenerateRequest(token_ids=generation_pb2.TokenIds(ids=PROMPT), request_id="mine")
         )
         metadata = dict(await call.initial_metadata())
-        assert (metadata["rhizome-worker"], metadata["rhizome-cached-tokens"]) == ("worker-1", "399")
+        assert (metadata["rhizome-worker"], metadata["rhizome-cached-tokens"]) == ("worker-1", "384")
         assert metadata["rhizome-request-id"] == "mine"
         assert float(metadata["rhizome-predicted-ttft-ms"]) > 0
         assert [piece.text async for piece in call] == ["hello ", "world"]

@@ -139,7 +139,7 @@ class ScriptedWorker:
 
     async def register(self, router: str) -> fleet_pb2.RegisterResponse:
         """Join once; raises what the router refuses."""
-        ticket.sign_registration(self.secret, self.registration)
+        ticket.sign_member(self.secret, self.registration)
         async with grpc.aio.insecure_channel(router) as channel:
             return await fleet_pb2_grpc.FleetStub(channel).Register(self.registration, timeout=10)
 
@@ -147,6 +147,7 @@ class ScriptedWorker:
         """One report."""
         async with grpc.aio.insecure_channel(router) as channel:
             request = fleet_pb2.HeartbeatRequest(status=self.status)
+            ticket.sign_member(self.secret, request)
             return await fleet_pb2_grpc.FleetStub(channel).Heartbeat(request, timeout=10)
 
     async def deregister(self, router: str) -> None:
@@ -154,6 +155,7 @@ class ScriptedWorker:
         async with grpc.aio.insecure_channel(router) as channel:
             registration = self.registration
             request = fleet_pb2.DeregisterRequest(worker_id=registration.worker_id, epoch=registration.epoch)
+            ticket.sign_member(self.secret, request)
             await fleet_pb2_grpc.FleetStub(channel).Deregister(request, timeout=10)
 
     async def kill(self) -> None:

@@ -12,8 +12,9 @@ from worker.config import ModelConfig
 class PagedKVCache:
     """For each layer keys and values of shape [num_blocks, block_size, num_kv_heads, head_dim], zero at first.
 
-    A token's *slot* is block id * block_size + its offset in the block. Zeros, not garbage, because attention reads
-    whole tiles and weighs what is masked with an exact 0, which a NaN would survive.
+    A token's *slot* is block id * block_size + its offset in the block. Attention reads whole tiles and weighs what is
+    masked with an exact 0, which a NaN or an infinity would survive: so values are finite, always, and what one
+    request's broken numbers leave behind in a block cannot reach another.
     """
 
     def __init__(
@@ -41,7 +42,7 @@ class PagedKVCache:
     def write(self, layer: int, slots: Tensor, keys: Tensor, values: Tensor) -> None:
         """Store keys and values, each [tokens, num_kv_heads, head_dim], at `slots` [tokens] (int64)."""
         self._key_slots[layer].index_copy_(0, slots, keys)
-        self._value_slots[layer].index_copy_(0, slots, values)
+        self._value_slots[layer].index_copy_(0, slots, values.nan_to_num())
 
     def copy_block(self, source: int, destination: int) -> None:
         """Copy one block in every layer."""

@@ -61,17 +61,17 @@ def test_without_a_secret_nothing_is_signed_and_nothing_believed() -> None:
     assert not request.HasField("ticket")
     ticket.sign_request(SECRET, request, "w", 7, unix_ms=0)
     assert not ticket.has_valid_ticket(b"", request, "w", 7, unix_ms=0)
-    ticket.check_registration(b"", fleet_pb2.RegisterRequest())
+    ticket.check_member(b"", fleet_pb2.RegisterRequest())
 
 
 def test_a_registration_is_signed_over_who_and_where() -> None:
     """A proof cannot be taken over for another address."""
     request = fleet_pb2.RegisterRequest(worker_id="w", epoch=1, address="127.0.0.1:1")
-    ticket.sign_registration(SECRET, request)
-    ticket.check_registration(SECRET, request)
+    ticket.sign_member(SECRET, request)
+    ticket.check_member(SECRET, request)
     request.address = "127.0.0.1:2"
     with pytest.raises(Denied, match="not signed"):
-        ticket.check_registration(SECRET, request)
+        ticket.check_member(SECRET, request)
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])

@@ -69,11 +69,11 @@ def test_the_holder_is_chosen_and_every_term_is_shown() -> None:
 
 
 def test_the_last_token_is_always_to_be_computed() -> None:
-    """A prompt that is held whole still has one token of prefill."""
+    """A prompt that is held whole still computes its last block: blocks are reused whole."""
     router = router_with(info("w0"))
     hold(router, "w0", PROMPT)
     (candidate,) = router.explain(request(prompt_tokens=96)).candidates
-    assert (candidate.cached_tokens, candidate.prefill_tokens) == (95, 1)
+    assert (candidate.cached_tokens, candidate.prefill_tokens) == (80, 16)
 
 
 def test_a_long_queue_outweighs_a_cached_prefix() -> None:

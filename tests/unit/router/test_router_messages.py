@@ -7,11 +7,12 @@ from dataclasses import fields
 import pytest
 
 from rhizome.errors import InvalidRequest
+from rhizome.rpc import parse
 from rhizome.v1 import fleet_pb2, generation_pb2, router_pb2, worker_pb2
 from router.client import Completion, build_request
 from router.fleet import ModelCard, Role, WorkerReport
 from router.links import MAX_TOKENIZER_FILES, collect_files
-from router.messages import parse, worker_info, worker_report
+from router.messages import worker_info, worker_report
 from router.tokenizing import BadTokenizer
 
 
