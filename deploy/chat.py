@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
 import time
+from itertools import islice
 
 import grpc
 from rich.console import Console
@@ -16,6 +19,8 @@ HELP = "/new starts a new conversation, /quit (or Ctrl-D) ends, Ctrl-C stops an 
 def run_chat(router: str, system: str, max_tokens: int, temperature: float) -> None:
     """Read turns from standard input until its end."""
     console = Console(highlight=False)
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")  # bytes that are no UTF-8 must not end a conversation
     with SyncClient(router) as client:
         console.print(f"[dim]{router}: {len(client.workers())} worker(s). {HELP}[/dim]")
         opening = [{"role": "system", "content": system}] if system else []
@@ -23,6 +28,9 @@ def run_chat(router: str, system: str, max_tokens: int, temperature: float) -> N
         while (line := _read(console)) not in (None, "/quit"):
             if line == "/new":
                 messages = list(opening)
+                console.print("[dim]a new conversation[/dim]")
+            elif line.startswith("/"):
+                console.print(f"[dim]{HELP}[/dim]")
             elif line:
                 messages.append({"role": "user", "content": line})
                 answer = _turn(console, client, messages, max_tokens, temperature)
@@ -47,9 +55,10 @@ def _turn(
     """Stream one answer to the screen; returns it, or None when it failed or was stopped."""
     started = time.perf_counter()
     answer, summary = "", ""
-    chunks = client.generate(messages=messages, max_tokens=max_tokens, temperature=temperature)
+    # The limit is kept here: asked of the worker it would be refused once the model's length leaves less room.
+    chunks = client.generate(messages=messages, temperature=temperature)
     try:
-        for chunk in chunks:
+        for chunk in islice(chunks, max_tokens):
             if chunk.worker_id:
                 summary = (
                     f"{chunk.worker_id} · {chunk.usage.prompt_tokens} prompt tokens, "
@@ -61,7 +70,7 @@ def _turn(
         console.print("\n[dim]stopped[/dim]")
         return None
     except grpc.RpcError as error:
-        console.print(f"[red]{error.code().name}: {escape(error.details() or '')}[/red]")
+        console.print(f"[red]{error.code().name}: {escape(error.details() or '')}[/red] [dim](/new starts over)[/dim]")
         return None
     finally:
         chunks.close()

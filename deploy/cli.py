@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -76,7 +78,9 @@ def router(
 @app.command()
 def worker(
     model: ModelDir,
-    worker_id: Annotated[str, typer.Option("--id", help="unique in the fleet; keep it over restarts")] = "worker-0",
+    worker_id: Annotated[
+        str | None, typer.Option("--id", help="unique in the fleet, kept over restarts [default: host and process id]")
+    ] = None,
     routers: Annotated[list[str], typer.Option("--router", help="host:port of a router to join; may be repeated")] = [],  # noqa: B006
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
@@ -101,7 +105,7 @@ def worker(
 
     settings = WorkerSettings(
         model_dir=model,
-        worker_id=worker_id,
+        worker_id=f"{socket.gethostname()}-{os.getpid()}" if worker_id is None else worker_id,
         routers=tuple(routers),
         host=host,
         port=port,

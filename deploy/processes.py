@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import time
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from kv_events.log import EventLog
 from rhizome import rpc
-from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
+from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.ticket import fleet_secret
 from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import fleet_pb2
@@ -68,6 +69,9 @@ class WorkerSettings:
         check_name("model_name", self.served_name)
         if self.host in WILDCARDS and self.routers and not self.advertise:
             raise InvalidRequest("advertise", None, f"the host by which others reach it, as {self.host} is a wildcard")
+        for router in self.routers:
+            if not re.fullmatch(r"\S+:\d{1,5}", router):
+                raise InvalidRequest("router", router, "host:port")
         if self.role not in ROLES:
             raise InvalidRequest("role", self.role, f"one of {', '.join(ROLES)}")
         for name in ("kv_cache_mib", "block_size"):
@@ -110,18 +114,44 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
     thread.start()
     try:
         async with running_server(identity, thread, settings.host, settings.port) as address:
-            try:
-                async with asyncio.TaskGroup() as group:
-                    request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role])
-                    members = (FleetMember(router, request, identity, thread).run() for router in settings.routers)
-                    tasks = [group.create_task(work) for work in (_end_with(thread), *members)]
-                    yield address
-                    for task in tasks:
-                        task.cancel()
-            except* RhizomeError as errors:
-                raise errors.exceptions[0] from None
+            request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role])
+            members = [FleetMember(router, request, identity, thread).run() for router in settings.routers]
+            async with _beside(_end_with(thread), *members):
+                yield address
     finally:
         thread.stop()
+
+
+@asynccontextmanager
+async def _beside(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run `works` beside a block. The first that fails ends the block, which then raises that error.
+
+    Unlike a TaskGroup it leaves the block's own errors as they are.
+    """
+    owner = asyncio.current_task()
+    assert owner is not None
+    failures: list[BaseException] = []
+
+    def ended(task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()):
+            failures.append(error)
+            owner.cancel()
+
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(ended)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if not failures:
+            raise
+        owner.uncancel()
+        raise failures[0] from None
+    finally:
+        for task in tasks:
+            task.remove_done_callback(ended)
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _end_with(thread: EngineThread) -> None:
@@ -169,9 +199,18 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         block_size=settings.block_size,
         tokenizer_sha256=tokenizer_sha256(files),
     )
+    _log.info(
+        "model %s: %d blocks of %d tokens, at most %d tokens a request",
+        card.name,
+        num_blocks,
+        config.block_size,
+        config.max_model_len,
+    )
+    runner = TorchRunner(model, num_blocks, settings.block_size)
+    runner.warm_up(min(config.max_batched_tokens, config.max_model_len))
     engine = Engine(
         config,
-        TorchRunner(model, num_blocks, settings.block_size),
+        runner,
         EventLog(settings.worker_id, epoch, settings.block_size, EVENT_BATCHES_KEPT),
         new_decoder=tokenizer.detokenizer,
         eos_token_ids=frozenset(model_config.eos_token_ids),

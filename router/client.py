@@ -114,7 +114,11 @@ class Completion:
 
 def build_request(prompt: str | None = None, **ask: Unpack[Ask]) -> router_pb2.GenerateRequest:
     """The message of a request. Raises InvalidRequest for what no message can hold."""
-    values: dict[str, Any] = dict(ask)
+    values: dict[str, Any] = {name: value for name, value in ask.items() if value is not None}
+    if unknown := values.keys() - Ask.__annotations__.keys():
+        raise InvalidRequest(min(unknown), values[min(unknown)], f"one of {', '.join(sorted(Ask.__annotations__))}")
+    if values.get("top_k") == -1:  # vLLM's other word for off
+        values["top_k"] = 0
     request = router_pb2.GenerateRequest()
     messages, token_ids = values.pop("messages", None), values.pop("token_ids", None)
     if sum(given is not None for given in (prompt, messages, token_ids)) != 1:

@@ -192,7 +192,11 @@ class FleetService:
         info = worker_info(request)
         if not _ADDRESS.fullmatch(info.address):
             raise InvalidRequest("address", info.address, "host:port")
+        known = self._router.fleet.find(info.worker_id)
         if self._router.register(info, time.monotonic()):
+            if known and known.info.address != info.address:
+                former = f"epoch {known.info.epoch} at {known.info.address}"
+                logger.warning("worker %s: %s is replaced; ids must be unique", info.worker_id, former)
             logger.info("worker %s of epoch %d joined from %s", info.worker_id, info.epoch, info.address)
             self._links.open(info)
         return fleet_pb2.RegisterResponse(

@@ -15,7 +15,8 @@ from worker.service import WorkerIdentity, status_message
 
 _log = logging.getLogger(__name__)
 
-RETRY_S = 0.5
+RETRY_S = 0.25
+MAX_RETRY_S = 4.0
 CALL_TIMEOUT_S = 5.0
 
 
@@ -69,17 +70,22 @@ class FleetMember:
         """
         async with grpc.aio.insecure_channel(self._router, options=rpc.CHANNEL_OPTIONS) as channel:
             fleet = fleet_pb2_grpc.FleetStub(channel)
+            failures = 0
             try:
                 while True:
-                    await self._stay(fleet)
+                    failures = await self._stay(fleet, failures)
             finally:
                 await self._leave(fleet)
 
-    async def _stay(self, fleet: fleet_pb2_grpc.FleetAsyncStub) -> None:
-        """One lease: from registration until the router is gone or has forgotten us."""
+    async def _stay(self, fleet: fleet_pb2_grpc.FleetAsyncStub, failures: int) -> int:
+        """One lease: from registration until the router is gone or has forgotten us.
+
+        Returns the number of tries in a row that failed, given that of those before.
+        """
         try:
             lease = await fleet.Register(self._request, timeout=CALL_TIMEOUT_S)
             _log.info("registered with router %s", self._router)
+            failures = 0
             position = 0
             while True:
                 position, prefilled, finished = self._thread.engine.progress_since(position)
@@ -93,8 +99,10 @@ class FleetMember:
         except grpc.aio.AioRpcError as error:
             if error.code() in FINAL_REFUSALS:
                 raise Refused(f"router {self._router} refuses this worker: {error.details()}") from error
-            _log.info("router %s: %s; registering again", self._router, error.details())
-            await asyncio.sleep(RETRY_S)
+            level = logging.DEBUG if failures else logging.WARNING  # said once, not every time
+            _log.log(level, "router %s: %s; trying to register until it answers", self._router, error.details())
+            await asyncio.sleep(min(MAX_RETRY_S, RETRY_S * 2.0 ** min(failures, 10)))
+            return failures + 1
 
     async def _leave(self, fleet: fleet_pb2_grpc.FleetAsyncStub) -> None:
         request = fleet_pb2.DeregisterRequest(worker_id=self._identity.worker_id, epoch=self._identity.epoch)

@@ -13,7 +13,7 @@ from worker.attention.cpu import TiledCpuAttention
 from worker.kv_cache.paged import PagedKVCache
 from worker.models.decoder import Decoder
 from worker.models.linear import ROW_MULTIPLE
-from worker.plan import SampledToken, StepPlan
+from worker.plan import Chunk, SampledToken, SamplingInput, SamplingParams, StepPlan
 from worker.sampling import sample
 
 
@@ -26,6 +26,17 @@ class TorchRunner:
         self.model = model
         self.cache = PagedKVCache(*shape, dtype=model.dtype, device=model.device)
         self.attention: AttentionBackend = TiledCpuAttention(self.cache, config.num_heads)
+
+    def warm_up(self, num_tokens: int) -> None:
+        """A prefill of `num_tokens` and a decode step, so that no request pays for what is set up on first use.
+
+        What it leaves in the cache is not listed anywhere.
+        """
+        blocks = range(-(-(num_tokens + 1) // self.cache.block_size))
+        table = [block % self.cache.num_blocks for block in blocks]
+        sample = SamplingInput(SamplingParams(max_tokens=1, temperature=0.0), [0], prompt_len=1)
+        self.run(StepPlan((Chunk([0] * num_tokens, 0, table, (sample,)),)))
+        self.run(StepPlan((Chunk([0], num_tokens, table, (sample,)),)))
 
     @torch.inference_mode()
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:

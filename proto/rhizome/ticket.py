@@ -12,16 +12,23 @@ import hmac
 import os
 from typing import TypeAlias
 
-from rhizome.errors import Denied
+from rhizome.errors import Denied, InvalidRequest
 from rhizome.v1 import fleet_pb2, worker_pb2
 
 SECRET_VARIABLE = "RHIZOME_FLEET_SECRET"  # noqa: S105 - the name of the variable, not a secret
+MIN_SECRET_BYTES = 16
 TICKET_LIFETIME_MS = 60_000
 
 
 def fleet_secret() -> bytes:
-    """The secret from the environment; empty when the fleet has none (then nothing is signed)."""
-    return os.environ.get(SECRET_VARIABLE, "").encode()
+    """The secret from the environment; empty when the fleet has none (then nothing is signed).
+
+    Raises InvalidRequest for one that could be guessed.
+    """
+    secret = os.environ.get(SECRET_VARIABLE, "").encode()
+    if 0 < len(secret) < MIN_SECRET_BYTES:
+        raise InvalidRequest(SECRET_VARIABLE, f"{len(secret)} bytes", f"at least {MIN_SECRET_BYTES} bytes, or unset")
+    return secret
 
 
 def _mac(secret: bytes, *parts: bytes) -> bytes:

@@ -69,8 +69,11 @@ def check_sampling(params: pb.SamplingParams, *, vocab_size: int, prompt_tokens:
     number("presence_penalty", params.presence_penalty, lambda v: -2 <= v <= 2, "-2 to 2")
     number("frequency_penalty", params.frequency_penalty, lambda v: -2 <= v <= 2, "-2 to 2")
     at_most("top_k", params.top_k, vocab_size)
-    at_most("max_tokens", params.max_tokens, max_model_len - prompt_tokens)
-    at_most("min_tokens", params.min_tokens, params.max_tokens or max_model_len - prompt_tokens)
+    room = max_model_len - prompt_tokens
+    if params.max_tokens > room:
+        limit = f"at most {room}: the model allows {max_model_len} tokens, and the prompt has {prompt_tokens}"
+        raise InvalidRequest("sampling.max_tokens", params.max_tokens, limit)
+    at_most("min_tokens", params.min_tokens, params.max_tokens or room)
     at_most("logprobs", params.logprobs, min(MAX_LOGPROBS, vocab_size))
     at_most("n", params.n, MAX_CHOICES)
     at_most("stop (strings)", len(params.stop), MAX_STOP_STRINGS)

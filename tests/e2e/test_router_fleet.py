@@ -112,6 +112,25 @@ def test_a_worker_unlike_the_fleet_is_refused() -> None:
     with_cluster(test)
 
 
+def test_with_a_secret_nobody_else_can_speak_for_a_worker() -> None:
+    """An unsigned goodbye or report is PERMISSION_DENIED, and changes nothing."""
+    secret = b"fleet secret"
+
+    async def test(running: Cluster) -> None:
+        worker = await running.join(epoch=7, secret=secret)
+        await running.ready()
+        worker.secret = b""
+        await refusal(worker.deregister(running.address), grpc.StatusCode.PERMISSION_DENIED)
+        await refusal(worker.heartbeat(running.address), grpc.StatusCode.PERMISSION_DENIED)
+        assert (await running.client.complete("x")).text == "hello world"
+        worker.secret = secret
+        await worker.heartbeat(running.address)
+        await worker.deregister(running.address)
+        assert await running.entry() is None
+
+    with_cluster(test, secret=secret)
+
+
 def test_with_a_secret_only_signed_workers_join_and_requests_carry_tickets() -> None:
     """An unsigned registration and one under another secret are PERMISSION_DENIED; a ticket fits worker and epoch."""
     secret = b"fleet secret"

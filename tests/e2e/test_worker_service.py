@@ -63,7 +63,9 @@ class Worker:
 @asynccontextmanager
 async def worker(model: Path, **settings: object) -> AsyncIterator[Worker]:
     """A worker that must have no block in use when the test is through."""
-    async with running_worker(WorkerSettings(model, "worker-0", threads=1, kv_cache_mib=8, **settings)) as address:  # type: ignore[arg-type]
+    async with running_worker(
+        WorkerSettings(model, "worker-0", threads=1, kv_cache_mib=8, validate=True, **settings)
+    ) as address:  # type: ignore[arg-type]
         async with grpc.aio.insecure_channel(address, options=rpc.CHANNEL_OPTIONS) as channel:
             served = Worker(address, channel)
             yield served
@@ -151,6 +153,40 @@ def test_bad_values_are_refused_by_name_and_limit_and_the_server_goes_on(tiny_mo
             assert details.field_violations[0].field == field.strip()
             assert limit in details.field_violations[0].description
         assert (await served.status()).prefill_steps == 0
+        assert len(await served.chunks(request([1]))) == 8
+
+    with_worker(tiny_model, test)
+
+
+def test_bytes_that_are_no_message_are_refused(tiny_model: Path) -> None:
+    """Invalid UTF-8 in a string, and noise: INVALID_ARGUMENT, and the server goes on."""
+
+    async def test(served: Worker) -> None:
+        generate = served.channel.unary_stream("/rhizome.v1.Worker/Generate")
+        for data in (b"\x0a\x02\xff\xfe", b"\xff\xff\xff"):
+
+            async def send(data: bytes = data) -> None:
+                async for _ in generate(data):
+                    pass
+
+            error = await refusal(send(), grpc.StatusCode.INVALID_ARGUMENT)
+            assert "UTF-8" in (error.details() or "")
+        assert len(await served.chunks(request([1]))) == 8
+
+    with_worker(tiny_model, test)
+
+
+def test_a_caller_that_leaves_while_the_cache_is_to_be_cleared_harms_nobody(tiny_model: Path) -> None:
+    """The command waits behind a step; cancelled, it must not take the engine with it."""
+
+    async def test(served: Worker) -> None:
+        answer = asyncio.create_task(served.chunks(request([1, 2, 3], max_tokens=400)))
+        await served.until(lambda status: status.running == 1)
+        for _ in range(30):
+            call = served.stub.ClearCache(worker_pb2.ClearCacheRequest())
+            await asyncio.sleep(0)
+            call.cancel()
+        assert len(await answer) == 400
         assert len(await served.chunks(request([1]))) == 8
 
     with_worker(tiny_model, test)
@@ -316,9 +352,17 @@ def test_a_port_in_use_and_senseless_settings_are_refused_by_name(tiny_model: Pa
         ({"block_size": 0}, "block_size is 0: at least 1"),
         ({"max_model_len": 4096}, "max_model_len is 4096: at most"),
         ({"max_running": 600}, "max_batched_tokens is 512: at least max_running"),
+        ({"max_model_len": 0}, "max_model_len is 0: at least 1"),
+        ({"model_name": "my model"}, "model_name is 'my model': .* without spaces"),
+        ({"host": "0.0.0.0", "insecure": True, "routers": ("127.0.0.1:1",)}, "advertise is None: .* wildcard"),
+        ({"routers": ("nowhere",)}, "router is 'nowhere': host:port"),
     ):
         with pytest.raises(InvalidRequest, match=words):
             asyncio.run(start(**settings))
+    with pytest.raises(InvalidRequest, match="kv_cache_mib is 100000000: at most this machine's"):
+        WorkerSettings(tiny_model, "w", kv_cache_mib=100_000_000).check()
+    with pytest.raises(InvalidRequest, match="id is '': 1 to"):
+        WorkerSettings(tiny_model, "").check()
     with pytest.raises(InvalidRequest, match="model is '.*': a folder"):
         asyncio.run(_start_on(tmp_path / "nothing"))
 

@@ -19,7 +19,7 @@ from rhizome.v1 import router_pb2
 from router.client import Client
 from tests.support.processes import Launcher, wait_until_gone
 
-SMALL = ("--kv-cache-mib", "8")
+SMALL = ("--kv-cache-mib", "8", "--validate")
 
 
 async def until(client: Client, holds: Callable[[list[router_pb2.WorkerEntry]], bool]) -> list[router_pb2.WorkerEntry]:
@@ -155,6 +155,18 @@ def test_children_end_when_their_parent_is_killed(tiny_model: Path) -> None:
     assert len(launcher.children) == 2
     for pid in launcher.children:
         wait_until_gone(pid)
+
+
+def test_ctrl_c_ends_a_cluster_that_is_still_starting(tiny_model: Path) -> None:
+    """Not only once it is ready: the workers are still loading."""
+    with Launcher(tiny_model, until="router serves") as launcher:
+        launcher.process.send_signal(signal.SIGINT)
+        assert launcher.process.stderr is not None
+        assert "ready:" not in launcher.process.stderr.read()
+        assert launcher.process.wait(timeout=30) == 0
+    for pid in launcher.children:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
 
 
 def test_ctrl_c_ends_all_of_it(tiny_model: Path) -> None:

@@ -14,7 +14,9 @@ from typing import Self
 class Launcher:
     """`rhizome up` with one worker on a free port, from ready to stopped."""
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, until: str = "ready: ") -> None:
+        """Entered as soon as a line begins with `until`."""
+        self._until = until
         arguments = ("up", "--model", str(model), "--workers", "1", "--port", "0")
         command = (sys.executable, "-m", "deploy.cli", *arguments)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -28,6 +30,7 @@ class Launcher:
                 self.children.append(int(found[1]))
             if found := re.search(r"^ready: .* --router (\S+)", line):
                 self.address = found[1]
+            if line.startswith(self._until):
                 return self
         self.process.__exit__(None, None, None)
         raise AssertionError("the launcher ended before it was ready")

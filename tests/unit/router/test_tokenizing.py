@@ -150,6 +150,7 @@ def test_text_that_cannot_fit_is_refused_unseen() -> None:
         ({"tokenizer.json": b"\xff"}, "tokenizer.json"),
         (FILES | {"tokenizer_config.json": b"not json"}, "chat template"),
         (FILES | {"tokenizer_config.json": b"[1]"}, "chat template"),
+        (FILES | {"tokenizer_config.json": b"[]", "chat_template.jinja": b"x"}, "chat template"),
         (FILES | {"tokenizer_config.json": b'{"chat_template": 7}'}, "not a string or a list"),
         (FILES | {"chat_template.jinja": b"{% if %}"}, "chat template"),
     ],

@@ -91,6 +91,36 @@ def alone(model: Decoder, checkpoint: Path) -> dict[tuple[str, int], list[Sample
     return answers
 
 
+def test_broken_numbers_of_one_request_reach_no_other(checkpoint: Path) -> None:
+    """A token whose embedding is NaN: whoever uses its blocks next, or sits beside it, answers as if alone."""
+    model = load_model(checkpoint)
+    model.embedding[7] = float("nan")
+    config = SchedulerConfig(num_blocks=32, block_size=16, max_model_len=400, max_batched_tokens=100)
+    hasher = BlockHasher(16, derive_salt("m"))
+
+    def request(name: str, tokens: list[int]) -> EngineRequest:
+        params = SamplingParams(max_tokens=8, temperature=0.0, ignore_eos=True)
+        return EngineRequest(name, tokens, params, hasher, hasher.keys(np.array(tokens, np.uint32)))
+
+    def answers(*requests: EngineRequest) -> list[SampledToken]:
+        engine = make_engine(model, checkpoint, config)
+        got: dict[tuple[str, int], list[SampledToken]] = {}
+        for each in requests:
+            engine.add(each)
+            if each is not requests[-2:][0]:  # the last two run side by side, the others before them
+                continue
+            while len(requests) > 2 and engine.has_work:
+                drain(engine, got)
+        while engine.has_work:
+            drain(engine, got)
+        return got["good", 0]
+
+    good, bad = request("good", list(range(20, 60))), [7] * 40
+    alone = answers(good)
+    assert answers(request("bad1", bad), request("bad2", bad), good) == alone
+    assert answers(request("bad1", bad), good) == alone
+
+
 @pytest.mark.parametrize("seed", range(8))
 def test_answers_and_logprobs_are_equal_in_any_interleaving(
     model: Decoder, checkpoint: Path, alone: dict[tuple[str, int], list[SampledToken]], seed: int

@@ -86,6 +86,18 @@ def test_eviction_takes_the_tail_first_and_says_so() -> None:
     cache.check()
 
 
+def test_blocks_evicted_one_after_the_other_share_an_event() -> None:
+    """One BlockRemoved names them all, in order."""
+    cache = PrefixCache(3, 4)
+    cache.pool.release(reversed(fill(cache, list(range(12)))))
+    cache.take_events()
+    for _ in range(3):
+        cache.pool.allocate()
+    (removed,) = cache.take_events()
+    assert isinstance(removed, BlockRemoved)
+    assert removed.block_hashes.tolist() == [hash_of(key) for key in reversed(keys_of(list(range(12))))]
+
+
 def test_a_second_block_of_the_same_content_stays_unlisted() -> None:
     """Two equal prompts at once store each key once; the twin is free again when its user ends."""
     cache = PrefixCache(8, 4)
