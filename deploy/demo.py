@@ -242,11 +242,12 @@ def _print_summary(console: Console, summaries: list[Summary], trees: Trees, *, 
             f"{line.mean_ttft_ms / best:.2f}x",
         )
     console.print(table)
+    console.print("The maximum: what one cache of unlimited size, shared by all, would hold.", soft_wrap=True)
     console.print(f"Answers identical in the three runs: {'yes' if identical else 'NO'}")
     for mode, checks in trees.items():
         for worker, check in checks.items():
             held = f"{worker} holds {check.worker_blocks} blocks, the router's tree has {check.router_blocks} of it"
-            console.print(f"After {mode}: {held}: {'equal' if check.equal else 'NOT EQUAL'}")
+            console.print(f"After {mode}: {held}: {'equal' if check.equal else 'NOT EQUAL'}", soft_wrap=True)
 
 
 def _report(demo: Demo, summaries: list[Summary], trees: Trees, *, identical: bool) -> dict[str, object]:
