@@ -115,8 +115,10 @@ class Completion:
 def build_request(prompt: str | None = None, **ask: Unpack[Ask]) -> router_pb2.GenerateRequest:
     """The message of a request. Raises InvalidRequest for what no message can hold."""
     values: dict[str, Any] = {name: value for name, value in ask.items() if value is not None}
-    if unknown := values.keys() - Ask.__annotations__.keys():
-        raise InvalidRequest(min(unknown), values[min(unknown)], f"one of {', '.join(sorted(Ask.__annotations__))}")
+    for name in values.keys() - Ask.__annotations__.keys():
+        raise InvalidRequest(
+            f"sampling.{name}", values[name], f"the options are {', '.join(sorted(Ask.__annotations__))}"
+        )
     if values.get("top_k") == -1:  # vLLM's other word for off
         values["top_k"] = 0
     request = router_pb2.GenerateRequest()

@@ -115,7 +115,7 @@ def test_an_option_that_is_unset_or_unknown(tiny_model: Path) -> None:
     async def test(client: Client) -> None:
         answer = await client.complete("x", max_tokens=2, temperature=None, seed=None, top_k=-1, stop=None)  # type: ignore[arg-type]
         assert answer.completion_tokens == 2
-        with pytest.raises(RhizomeError, match="best_of is 3: one of .*temperature"):
+        with pytest.raises(RhizomeError, match="sampling.best_of is 3: the options are .*temperature"):
             await client.complete("x", best_of=3)  # type: ignore[call-arg]
 
     with_fleet(tiny_model, test)
