@@ -116,9 +116,8 @@ def build_request(prompt: str | None = None, **ask: Unpack[Ask]) -> router_pb2.G
     """The message of a request. Raises InvalidRequest for what no message can hold."""
     values: dict[str, Any] = {name: value for name, value in ask.items() if value is not None}
     for name in values.keys() - Ask.__annotations__.keys():
-        raise InvalidRequest(
-            f"sampling.{name}", values[name], f"the options are {', '.join(sorted(Ask.__annotations__))}"
-        )
+        limit = f"the options are {', '.join(sorted(Ask.__annotations__))}"
+        raise InvalidRequest(f"sampling.{name}", values[name], limit)
     if values.get("top_k") == -1:  # vLLM's other word for off
         values["top_k"] = 0
     request = router_pb2.GenerateRequest()
