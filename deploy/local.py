@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import secrets
+import signal
 import sys
 import tempfile
 import time
@@ -133,14 +134,15 @@ class LocalCluster:
         )
         assert child.process.stdout is not None
         try:
-            line = await asyncio.wait_for(child.process.stdout.readline(), READY_TIMEOUT_S)
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                line = await child.process.stdout.readline()
+                if not line:
+                    await child.process.wait()
         except TimeoutError:
             line = b""
         if not line:
             await _end(child)
-            raise Unavailable(
-                f"{child.name} did not start (exit code {child.process.returncode}); its own words are above"
-            )
+            raise _not_started(child)
         child.address = str(json.loads(line)["address"])
         child.ready.set()
         self._on_event(f"{child.name} serves on {child.address} (pid {child.pid})")
@@ -156,6 +158,8 @@ class LocalCluster:
                     if end.done():
                         raise _not_started(child)
                 await joined
+            except TimeoutError as error:
+                raise Unavailable(str(error)) from error
             finally:
                 for task in (joined, *ends):
                     task.cancel()
@@ -194,11 +198,12 @@ async def _end(child: Child) -> None:
     if process is None:
         return
     if process.returncode is None:
-        process.terminate()
+        # os.kill, for process.terminate() may itself reap a child that has just ended, and its exit code is lost.
+        os.kill(process.pid, signal.SIGTERM)
         try:
             await asyncio.wait_for(process.wait(), STOP_TIMEOUT_S)
         except TimeoutError:
-            process.kill()
+            os.kill(process.pid, signal.SIGKILL)
             await process.wait()
     if process.stdin is not None:
         process.stdin.close()
