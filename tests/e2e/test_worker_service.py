@@ -24,6 +24,7 @@ from rhizome import rpc, ticket
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import generation_pb2 as pb
 from rhizome.v1 import worker_pb2, worker_pb2_grpc
+from tests.support.router_cluster import refusal
 
 VOCAB = 262
 SECRET = b"a fleet's secret"
@@ -78,13 +79,6 @@ def with_worker(model: Path, test: Callable[[Worker], Awaitable[None]], **settin
             await test(served)
 
     asyncio.run(main())
-
-
-async def refusal(call: Awaitable[object], code: grpc.StatusCode) -> grpc.aio.AioRpcError:
-    with pytest.raises(grpc.aio.AioRpcError) as caught:
-        await call
-    assert caught.value.code() is code, caught.value.details()
-    return caught.value
 
 
 def test_an_answer_streams_with_its_usage(tiny_model: Path) -> None:
