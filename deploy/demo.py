@@ -100,16 +100,15 @@ class Demo:
         self.rows: list[Row] = []
         self.tokens: list[TurnTokens] = []  # of the first mode; the others answer the same or the demo fails
 
-    async def play(self, mode: Mode) -> list[Row]:
+    async def play(self, mode: Mode) -> None:
         """All conversations side by side, from empty caches."""
         await self._client.clear_caches()
         async with asyncio.timeout(SETTLE_TIMEOUT_S):
             while any(worker.indexed_blocks for worker in await self._client.workers()):
                 await asyncio.sleep(0.02)
         sessions = (self._converse(mode, session) for session in range(self._sessions))
-        rows = [row for part in await asyncio.gather(*sessions) for row in part]
-        self.rows += rows
-        return rows
+        for rows in await asyncio.gather(*sessions):
+            self.rows += rows
 
     def answers_identical(self) -> bool:
         """Whether every turn was answered alike in all modes, token for token."""

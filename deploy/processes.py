@@ -6,7 +6,6 @@ import asyncio
 import json
 import logging
 import os
-import re
 import signal
 import sys
 import time
@@ -22,7 +21,7 @@ from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.ticket import fleet_secret
 from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import fleet_pb2
-from rhizome.validate import check_name
+from rhizome.validate import check_address, check_name
 
 if TYPE_CHECKING:
     from worker.engine import Engine
@@ -65,13 +64,13 @@ class WorkerSettings:
     def check(self) -> None:
         """Raise InvalidRequest for what can be seen to be wrong before the checkpoint is read."""
         rpc.check_bind_host(self.host, insecure=self.insecure)
+        fleet_secret()  # refuses one that could be guessed
         check_name("id", self.worker_id)
         check_name("model_name", self.served_name)
         if self.host in WILDCARDS and self.routers and not self.advertise:
             raise InvalidRequest("advertise", None, f"the host by which others reach it, as {self.host} is a wildcard")
         for router in self.routers:
-            if not re.fullmatch(r"\S+:\d{1,5}", router):
-                raise InvalidRequest("router", router, "host:port")
+            check_address("router", router)
         if self.role not in ROLES:
             raise InvalidRequest("role", self.role, f"one of {', '.join(ROLES)}")
         for name in ("kv_cache_mib", "block_size"):
@@ -213,7 +212,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         runner,
         EventLog(settings.worker_id, epoch, settings.block_size, EVENT_BATCHES_KEPT),
         new_decoder=tokenizer.detokenizer,
-        eos_token_ids=frozenset(model_config.eos_token_ids),
+        eos_token_ids=model_config.eos_token_ids,
         clock=time.monotonic,
         wall_clock=time.time,
         validate=settings.validate,

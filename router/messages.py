@@ -5,10 +5,8 @@ from __future__ import annotations
 import uuid
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import TypeVar
 
 import numpy as np
-from google.protobuf.message import Message
 
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import Tokens, hashes_of
@@ -19,8 +17,6 @@ from router.core import RouteRequest
 from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
 from router.policy import Candidate, Decision
 from router.tokenizing import PromptTokenizer
-
-M = TypeVar("M", bound=Message)
 
 _ID_LISTS = ("prefilled_request_ids", "finished_request_ids")
 _COUNTERS = tuple(field.name for field in fields(WorkerReport) if field.name not in _ID_LISTS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,7 +12,7 @@ from typing import NoReturn
 import grpc
 
 from rhizome import rpc, ticket, validate
-from rhizome.errors import InvalidRequest, Unavailable
+from rhizome.errors import Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import Router
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
@@ -29,8 +28,6 @@ INLINE_BYTES = 8192  # a longer request is tokenized and hashed in a thread, so 
 CLEAR_TIMEOUT_S = 10.0
 INDEX_CHUNK_BLOCKS = 2**16  # 512 KiB
 STATUS_DETAILS = "grpc-status-details-bin"
-
-_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 
 
 class WorkerLost(Unavailable):
@@ -190,8 +187,7 @@ class FleetService:
         """Give a worker its lease, and begin to follow it."""
         ticket.check_member(self._secret, request)
         info = worker_info(request)
-        if not _ADDRESS.fullmatch(info.address):
-            raise InvalidRequest("address", info.address, "host:port")
+        validate.check_address("address", info.address)
         known = self._router.fleet.find(info.worker_id)
         if self._router.register(info, time.monotonic()):
             if known and known.info.address != info.address:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from kv_events.log import EventLog
 from rhizome.errors import Duplicate
@@ -165,7 +165,7 @@ class Engine:
             blocks_in_use=pool.in_use,
             blocks_cached=pool.idle,
             prefill_tokens_outstanding=sum(sequence.prefill_outstanding for sequence in sequences),
-            times=StepTimes(**{name: getattr(self._times, name) for name in StepTimes.__slots__}),
+            times=replace(self._times),
             preemptions=self.scheduler.preemptions,
             prompt_tokens=self.scheduler.prompt_tokens,
             cached_prompt_tokens=self.scheduler.cached_prompt_tokens,

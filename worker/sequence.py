@@ -45,8 +45,7 @@ class Sequence:
     def __post_init__(self) -> None:
         if not self.tokens:
             self.tokens = list(self.request.token_ids)
-            data = np.ascontiguousarray(self.request.keys).tobytes()
-            self._keys = [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
+            self._keys = _split(self.request.keys)
 
     @property
     def prompt_len(self) -> int:
@@ -108,5 +107,10 @@ class Sequence:
         hasher = self.request.hasher
         parent = np.frombuffer(self._keys[-1], np.uint64) if self._keys else None
         tokens = np.array(self.tokens[known * hasher.block_size : blocks * hasher.block_size], np.uint32)
-        data = hasher.keys(tokens, parent).tobytes()
-        self._keys += [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]
+        self._keys += _split(hasher.keys(tokens, parent))
+
+
+def _split(keys: BlockKeys) -> list[bytes]:
+    """Each key as the bytes under which the prefix cache knows it."""
+    data = keys.tobytes()
+    return [data[at : at + KEY_BYTES] for at in range(0, len(data), KEY_BYTES)]

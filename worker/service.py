@@ -14,11 +14,11 @@ import grpc
 import numpy as np
 
 from kv_events.bus.grpc import KvEventsService
-from radix.hashing import BlockHasher, derive_salt
-from radix.keys import keys_from_bytes
+from radix.hashing import SALT_BYTES, BlockHasher, derive_salt
+from radix.keys import KEY_BYTES, keys_from_bytes
 from rhizome import rpc, ticket, validate
 from rhizome.errors import InvalidRequest, NotServed, RhizomeError
-from rhizome.v1 import fleet_pb2, generation_pb2, worker_pb2, worker_pb2_grpc
+from rhizome.v1 import fleet_pb2, generation_pb2, worker_pb2
 from worker.answer import FinishReason
 from worker.engine import EngineStatus, Output
 from worker.engine_thread import EngineThread
@@ -26,7 +26,6 @@ from worker.plan import SamplingParams
 from worker.sequence import EngineRequest
 
 FILE_CHUNK_BYTES = 2**20
-SALT_BYTES = 32
 
 _FINISH_REASONS = {
     FinishReason.STOP: generation_pb2.FINISH_REASON_STOP,
@@ -119,9 +118,9 @@ class WorkerService:
             if len(request.salt) != SALT_BYTES:
                 raise InvalidRequest("salt", len(request.salt), f"{SALT_BYTES} bytes")
             full_blocks = prompt_tokens // model.block_size
-            if len(request.block_keys) != 16 * full_blocks:
+            if len(request.block_keys) != KEY_BYTES * full_blocks:
                 raise InvalidRequest(
-                    "block_keys", len(request.block_keys), f"bytes: 16 for each of {full_blocks} blocks"
+                    "block_keys", len(request.block_keys), f"bytes: {KEY_BYTES} for each of {full_blocks} blocks"
                 )
             hasher, keys = BlockHasher(model.block_size, request.salt), keys_from_bytes(request.block_keys)
         return EngineRequest(
@@ -207,9 +206,9 @@ async def running_server(identity: WorkerIdentity, thread: EngineThread, host: s
         "GetTokenizer": rpc.streaming(worker_pb2.GetTokenizerRequest, service.get_tokenizer),
         "ClearCache": rpc.unary(worker_pb2.ClearCacheRequest, service.clear_cache),
     }
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("rhizome.v1.Worker", handlers),))
     events = KvEventsService(thread.engine.event_log)
-    worker_pb2_grpc.add_KvEventsServicer_to_server(events, server)
+    worker = grpc.method_handlers_generic_handler("rhizome.v1.Worker", handlers)
+    server.add_generic_rpc_handlers((worker, events.handler()))
     async with rpc.serving(server, host, port, ("rhizome.v1.Worker", "rhizome.v1.KvEvents")) as address:
         try:
             yield address

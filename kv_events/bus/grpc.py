@@ -13,12 +13,12 @@ import numpy as np
 from kv_events import wire
 from kv_events.bus.memory import tail
 from kv_events.events import EventBatch, Snapshot
-from kv_events.log import EventLog
+from kv_events.log import EventLog, LoggedBatch
 from radix.digest import DIGEST_BYTES
-from rhizome.errors import Conflict, RhizomeError, Trimmed, Unavailable
-from rhizome.rpc import CHANNEL_OPTIONS, abort
+from rhizome import rpc
+from rhizome.errors import Conflict, Trimmed, Unavailable
 from rhizome.v1 import worker_pb2 as pb
-from rhizome.v1.worker_pb2_grpc import KvEventsServicer, KvEventsStub
+from rhizome.v1.worker_pb2_grpc import KvEventsStub
 
 SNAPSHOT_CHUNK_BLOCKS = 2**16  # 1 MiB
 MAX_SNAPSHOT_BLOCKS = 2**24  # 256 MiB; a GPU of 192 GB holds about 2^17 blocks of 16 tokens of a small model
@@ -28,43 +28,48 @@ CALL_TIMEOUT_S = 30.0  # for a replay or a snapshot, whole
 _HASH_BYTES = 8
 
 
-class KvEventsService(KvEventsServicer):
-    """rhizome.v1.KvEvents over a log, for a grpc.aio server. `log.close()` ends subscriptions."""
+class KvEventsService:
+    """rhizome.v1.KvEvents over a log. `log.close()` ends subscriptions."""
 
     def __init__(self, log: EventLog) -> None:
         self._log = log
 
-    # Coroutines that write, not generators: a cancelled call then unsubscribes at once.
-    async def Subscribe(  # type: ignore[override]
-        self, request: pb.SubscribeRequest, context: grpc.aio.ServicerContext[pb.SubscribeRequest, pb.EventFrame]
-    ) -> None:
-        try:
-            async with aclosing(tail(self._log, request.epoch, request.from_seq)) as entries:
-                async for entry in entries:
-                    await context.write(pb.EventFrame(seq=entry.batch.seq, payload=entry.payload))
-        except RhizomeError as error:
-            await abort(context, error)
+    def handler(self) -> grpc.GenericRpcHandler:
+        """What a grpc.aio server serves."""
+        return grpc.method_handlers_generic_handler(
+            "rhizome.v1.KvEvents",
+            {
+                "Subscribe": rpc.streaming(pb.SubscribeRequest, self.subscribe),
+                "Replay": rpc.streaming(pb.ReplayRequest, self.replay),
+                "Snapshot": rpc.streaming(pb.SnapshotRequest, self.snapshot),
+            },
+        )
 
-    async def Replay(  # type: ignore[override]
-        self, request: pb.ReplayRequest, context: grpc.aio.ServicerContext[pb.ReplayRequest, pb.EventFrame]
-    ) -> None:
-        try:
-            self._log.check_epoch(request.epoch)
-            seq, end = request.from_seq, max(request.from_seq, self._log.next_seq)
+    async def subscribe(self, request: pb.SubscribeRequest, context: rpc.Context) -> None:
+        """The kept batches from a sequence number on, then live ones."""
+        async with aclosing(tail(self._log, request.epoch, request.from_seq)) as entries:
+            async for entry in entries:
+                await context.write(_frame(entry))
+
+    async def replay(self, request: pb.ReplayRequest, context: rpc.Context) -> None:
+        """The kept batches from a sequence number to the newest."""
+        self._log.check_epoch(request.epoch)
+        seq, end = request.from_seq, max(request.from_seq, self._log.next_seq)
+        entries = self._log.read(seq, 1)
+        while entries and seq < end:
+            await context.write(_frame(entries[0]))
+            seq += 1
             entries = self._log.read(seq, 1)
-            while entries and seq < end:
-                await context.write(pb.EventFrame(seq=seq, payload=entries[0].payload))
-                seq += 1
-                entries = self._log.read(seq, 1)
-        except RhizomeError as error:
-            await abort(context, error)
 
-    async def Snapshot(  # type: ignore[override]
-        self, request: pb.SnapshotRequest, context: grpc.aio.ServicerContext[pb.SnapshotRequest, pb.SnapshotChunk]
-    ) -> None:
+    async def snapshot(self, request: pb.SnapshotRequest, context: rpc.Context) -> None:
+        """Every block held."""
         snapshot = await asyncio.to_thread(self._log.snapshot)  # sorting many blocks takes a while
         for chunk in _chunks(snapshot):
-            await context.write(chunk)
+            await context.write(chunk.SerializeToString())
+
+
+def _frame(entry: LoggedBatch) -> bytes:
+    return pb.EventFrame(seq=entry.batch.seq, payload=entry.payload).SerializeToString()
 
 
 def _chunks(snapshot: Snapshot) -> Iterator[pb.SnapshotChunk]:
@@ -91,7 +96,7 @@ class GrpcEventSource:
         """`target` is a worker's host:port, or a channel to it, which stays the caller's to close."""
         self._own: grpc.aio.Channel | None = None
         if isinstance(target, str):
-            target = self._own = grpc.aio.insecure_channel(target, options=CHANNEL_OPTIONS)
+            target = self._own = grpc.aio.insecure_channel(target, options=rpc.CHANNEL_OPTIONS)
         self._stub: Any = KvEventsStub(target)
 
     async def close(self) -> None:

@@ -22,6 +22,7 @@ MAX_STOP_TOKEN_IDS = 64
 MAX_TEMPERATURE = 100.0
 MAX_REPETITION_PENALTY = 100.0
 
+_ADDRESS = re.compile(r"(\[[0-9a-fA-F:]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}")
 _REQUEST_ID = re.compile(rf"[\x21-\x7e]{{0,{MAX_REQUEST_ID_CHARS}}}")
 
 
@@ -36,6 +37,12 @@ def check_name(field: str, name: str) -> None:
     """A worker's id, a model's name, an address: printable ASCII without spaces, for logs and metadata."""
     if not (0 < len(name) <= MAX_NAME_CHARS and name.isascii() and name.isprintable() and " " not in name):
         raise InvalidRequest(field, name, f"1 to {MAX_NAME_CHARS} printable ASCII characters without spaces")
+
+
+def check_address(field: str, address: str) -> None:
+    """host:port, where the host is a name, an IPv4 address, or an IPv6 one in brackets."""
+    if not _ADDRESS.fullmatch(address):
+        raise InvalidRequest(field, address, "host:port")
 
 
 def check_prompt_length(prompt_tokens: int, max_model_len: int) -> None:

@@ -24,7 +24,6 @@ from radix import make_tree
 from radix.digest import EMPTY_DIGEST
 from rhizome.errors import Conflict, Trimmed, Unavailable
 from rhizome.rpc import SERVER_OPTIONS
-from rhizome.v1.worker_pb2_grpc import add_KvEventsServicer_to_server
 
 Connect: TypeAlias = Callable[[EventLog], AbstractAsyncContextManager[EventSource]]
 
@@ -39,7 +38,7 @@ async def over_memory(log: EventLog) -> AsyncIterator[EventSource]:
 @asynccontextmanager
 async def grpc_server(log: EventLog, port: int = 0) -> AsyncIterator[int]:
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    add_KvEventsServicer_to_server(KvEventsService(log), server)
+    server.add_generic_rpc_handlers((KvEventsService(log).handler(),))
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:

@@ -18,7 +18,7 @@ from radix.hashing import BlockHasher, derive_salt
 from radix.keys import hashes_of
 from rhizome import rpc, ticket
 from rhizome.tokenizer import tokenizer_sha256
-from rhizome.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, worker_pb2, worker_pb2_grpc
+from rhizome.v1 import fleet_pb2, fleet_pb2_grpc, generation_pb2, worker_pb2
 
 MODEL = "scripted"
 BLOCK_SIZE = 16
@@ -132,8 +132,8 @@ class ScriptedWorker:
                 self.clear_cache, request_deserializer=worker_pb2.ClearCacheRequest.FromString
             ),
         }
-        self.server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("rhizome.v1.Worker", handlers),))
-        worker_pb2_grpc.add_KvEventsServicer_to_server(KvEventsService(self.log), self.server)
+        worker = grpc.method_handlers_generic_handler("rhizome.v1.Worker", handlers)
+        self.server.add_generic_rpc_handlers((worker, KvEventsService(self.log).handler()))
         self.registration.address = f"127.0.0.1:{self.server.add_insecure_port('127.0.0.1:0')}"
         await self.server.start()
 
