@@ -1,0 +1,10 @@
+// radix._native: see README.md beside this file.
+#define RADIX_IMPORTS_NUMPY
+#include "bindings.hpp"
+
+NB_MODULE(_native, module) {
+    if (_import_array() < 0) throw nanobind::python_error();
+    radix::bind_hashing(module);
+    radix::bind_tree(module);
+    radix::bind_events(module);
+}
