@@ -1,29 +1,44 @@
-# Two commands do all set-up: `make demo` and `make test`. Everything lives in .venv.
+# Two commands do all set-up: `make demo` and `make test`. Everything lives in .venv; build/ can be deleted at any time.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 PROTOS := $(wildcard proto/rhizome/v1/*.proto)
+NATIVE := $(shell find radix/native -type f)
 
-.PHONY: install demo test test-slow check proto wheel-check clean
+.PHONY: install native demo test test-slow check proto wheel-check fallback-check clean
 .DEFAULT_GOAL := install
 
 install: $(VENV)/.installed
 
+# What the build needs comes first, so that the package is built in place, and a change in C++ compiles what it changes.
 # CPU wheels of torch suffice here; where pip would fetch a CUDA build, set PIP_EXTRA_INDEX_URL to a CPU index.
-$(VENV)/.installed: pyproject.toml
+BUILD_NEEDS := import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["build-system"]["requires"], sep="\n")
+$(VENV)/.dependencies: pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Rhizome needs Python 3.11 or newer")'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --editable '.[dev]'
+	$(BIN)/python -c '$(BUILD_NEEDS)' > $(VENV)/build-needs.txt
+	$(BIN)/pip install --quiet cmake ninja --requirement $(VENV)/build-needs.txt
+	$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev]'
 	touch $@
+
+BUILD := $(BIN)/pip install --quiet --no-build-isolation --no-deps --editable .
+$(VENV)/.installed: $(VENV)/.dependencies $(NATIVE)
+	$(BUILD)
+	@$(BIN)/python -c 'import radix; print("radix:", radix.BACKEND, radix.BACKEND_REASON)'
+	touch $@
+
+# Without a compiler Rhizome runs on plain Python, but is not tested: this fails, and shows the compiler's words.
+native: install
+	@$(BIN)/python -c 'import radix._native' 2>/dev/null || $(BUILD) --config-settings wheel.cmake=true
 
 demo: install
 	$(BIN)/rhizome demo
 
-test: install check
-	$(BIN)/pytest -m 'not slow'
+test: native check
+	RHIZOME_RADIX=native $(BIN)/pytest -m 'not slow'
 
-test-slow: install
-	$(BIN)/pytest -m slow --timeout=3600
+test-slow: native
+	RHIZOME_RADIX=native $(BIN)/pytest -m slow --timeout=3600
 
 check: install
 	$(BIN)/ruff check .
@@ -35,25 +50,31 @@ proto: install
 	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m grpc_tools.protoc -Iproto --python_out=proto --grpc_python_out=proto \
 		--mypy_out=quiet:proto --mypy_grpc_out=quiet:proto $(PROTOS)
 
-# Every module of the wheel that needs no torch, so that a missing file or dependency shows.
-IMPORT_ALL := import importlib, pkgutil, deploy, kv_events, radix, rhizome, router, worker; \
-	names = [m.name for p in (deploy, kv_events, radix, rhizome, router, worker) \
-		for m in pkgutil.walk_packages(p.__path__, p.__name__ + ".", onerror=lambda name: None)]; \
-	missing = set(); \
-	exec("for name in names:\n try: importlib.import_module(name)\n except ModuleNotFoundError as e: missing.add(e.name)"); \
-	assert missing <= {"torch", "safetensors"}, missing; \
-	print("wheel:", len(names), "modules import, but for", missing)
-
-# The wheel, not only the editable install: built, put into an empty environment (which, without the extra "worker",
-# has no torch), every package imported.
+# The sdist, and the wheel that it makes, put into an empty environment (which, without the extra "worker", has no torch).
 wheel-check: install
 	rm -rf build/wheel && mkdir -p build/wheel
-	$(BIN)/python -m build --quiet --wheel --outdir build/wheel .
+	$(BIN)/python -m build --quiet --outdir build/wheel .
 	$(PYTHON) -m venv build/wheel/venv
 	build/wheel/venv/bin/pip install --quiet build/wheel/*.whl
-	cd build/wheel && venv/bin/rhizome --help >/dev/null && \
-		venv/bin/python -c '$(IMPORT_ALL)' && \
+	cd build/wheel && export RHIZOME_RADIX= && \
+		venv/bin/python -I ../../tests/support/check_install.py native && venv/bin/rhizome doctor && \
 		(venv/bin/rhizome model tiny --out tiny 2>&1 || true) | grep -F "pip install 'rhizome[worker]'"
+
+# The same where nothing can be compiled: no compiler, no cmake, no ninja.
+fallback-check:
+	rm -rf build/fallback && mkdir -p build/fallback
+	$(PYTHON) -m venv build/fallback/venv
+	CXX=/bin/false PATH="$(CURDIR)/build/fallback/venv/bin" build/fallback/venv/bin/pip install --quiet \
+		--config-settings build-dir=build/fallback/cmake .
+	cd build/fallback && export RHIZOME_RADIX= && \
+		venv/bin/python -I ../../tests/support/check_install.py reference && venv/bin/rhizome doctor
+
+# ARGS='--quick', ARGS='--json FILE'. The peer and the plots come with the extra "bench".
+.PHONY: bench-index
+bench-index: native
+	@$(BIN)/python -c 'import dynamo.llm, matplotlib' 2>/dev/null || \
+		$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,bench]'
+	$(BIN)/python -m benchmarks.index $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -13,6 +13,7 @@ from typing import Annotated
 import grpc
 import typer
 
+from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
 from rhizome.errors import RhizomeError
 
 app = typer.Typer(
@@ -24,7 +25,6 @@ model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_he
 app.add_typer(model_app, name="model")
 
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
-WORKER_MODULES = ("torch", "safetensors")  # the extra "worker"
 
 ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
 RouterAddress = Annotated[str, typer.Option("--router", help="host:port of a router")]
@@ -55,6 +55,7 @@ def up(
     from deploy.local import run_cluster
     from deploy.processes import until_signal
 
+    announce_core()
     asyncio.run(until_signal(run_cluster(model, workers, port, kv_cache_mib)))
 
 
@@ -151,6 +152,14 @@ def demo(
     sys.exit(asyncio.run(run_demo(workers=workers, sessions=sessions, turns=turns, json_output=json_output)))
 
 
+@app.command()
+def doctor(
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
+) -> None:
+    """Say what runs on this machine and whether it is fit. Ends with 1 when something is broken."""
+    sys.exit(run_doctor(json_output))
+
+
 @model_app.command()
 def tiny(
     out: Annotated[Path, typer.Option("--out", help="folder to write; must not exist or be empty")],
@@ -176,6 +185,10 @@ def main() -> None:
         if error.name not in WORKER_MODULES:
             raise
         sys.exit(_fail(f"this needs {error.name}, which a router does without: pip install 'rhizome[worker]'", 2))
+    except (ImportError, ValueError) as error:
+        if not str(error).startswith(CORE_SWITCH):
+            raise
+        sys.exit(_fail(str(error), 2))
     except grpc.RpcError as error:
         sys.exit(_fail(f"{error.code().name}: {error.details()}", 1))
     except KeyboardInterrupt:

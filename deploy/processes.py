@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from deploy.doctor import announce_core
 from kv_events.log import EventLog
 from rhizome import rpc
 from rhizome.errors import InvalidRequest, Unavailable
-from rhizome.ticket import fleet_secret
+from rhizome.ticket import SECRET_VARIABLE, fleet_secret
 from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import fleet_pb2
 from rhizome.validate import check_address, check_name
@@ -228,6 +229,9 @@ async def serve_until_stopped(serving: AbstractAsyncContextManager[str], *, supe
             if supervised:
                 print(json.dumps({"address": address}), flush=True)
             else:
+                announce_core()
+                if not fleet_secret():
+                    _log.info("no %s: nothing is signed, and block keys are made from public names", SECRET_VARIABLE)
                 _log.info("serving on %s", address)
             await asyncio.Event().wait()
 

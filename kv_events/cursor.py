@@ -74,6 +74,14 @@ class EventCursor:
         """Whether batches are missing before one that has come."""
         return bool(self._waiting)
 
+    def advance(self, batch: EventBatch) -> bool:
+        """Whether the batch is the one to apply now, and nothing waits: it is taken as applied. The common case of
+        `offer`, which is for all others."""
+        if batch.seq != self._next_seq or batch.epoch != self._epoch or self._waiting:
+            return False
+        self._next_seq += 1
+        return True
+
     def offer(self, batch: EventBatch) -> tuple[Instruction, ...]:
         """Take the next batch from the network."""
         if batch.epoch < self._epoch:

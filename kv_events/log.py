@@ -8,9 +8,10 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kv_events import wire
-from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Snapshot
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Snapshot, tier_of
 from radix.digest import SetDigest
 from radix.keys import ROOT_HASH, check_hashes
+from radix.tree import Tier
 from rhizome.errors import Conflict, Trimmed
 
 DEFAULT_CAPACITY = 4096
@@ -57,7 +58,7 @@ class EventLog:
         self.epoch = epoch
         self.block_size = block_size
         self._lock = threading.Lock()  # over all below but the callbacks
-        self._held: dict[int, int] = {}  # block -> parent; bounded by the block pool
+        self._held: tuple[dict[int, int], ...] = tuple({} for _ in Tier)  # block -> parent; bounded by the block pool
         self._digest = SetDigest()
         self._ring: list[LoggedBatch | None] = [None] * capacity  # batch seq at seq % capacity
         self._first_seq = 0
@@ -106,8 +107,8 @@ class EventLog:
         return len(self._callbacks)
 
     def __len__(self) -> int:
-        """Blocks held."""
-        return len(self._held)
+        """Blocks held, in any tier."""
+        return len(set().union(*self._held))
 
     def read(self, seq: int, limit: int) -> list[LoggedBatch]:
         """At most `limit` batches from `seq` on. Raises Trimmed when that is not kept any more, Conflict when it is
@@ -133,11 +134,19 @@ class EventLog:
     def snapshot(self) -> Snapshot:
         """All blocks held. The lock is held for a copy of a dict: about 1 ms for 100,000 blocks."""
         with self._lock:
-            held = self._held.copy()
+            held = [tier.copy() for tier in self._held]
             next_seq, digest = self._next_seq, self._digest.value
-        blocks = np.array(_parents_first(held), dtype=np.uint64)
-        parents = np.fromiter(map(held.__getitem__, blocks.tolist()), dtype=np.uint64, count=len(blocks))
-        return Snapshot(self.worker, self.epoch, next_seq, digest, self.block_size, blocks, parents)
+        device, host, disk = held
+        all_held = disk | host | device if disk or host else device
+        ordered = _parents_first(all_held)
+        blocks = np.array(ordered, dtype=np.uint64)
+        parents = np.fromiter(map(all_held.__getitem__, ordered), dtype=np.uint64, count=len(ordered))
+        masks = None
+        if disk or host:
+            masks = np.zeros(len(ordered), dtype=np.uint8)
+            for tier in Tier:
+                masks[[block in held[tier] for block in ordered]] |= 1 << tier
+        return Snapshot(self.worker, self.epoch, next_seq, digest, self.block_size, blocks, parents, masks)
 
     def subscribe(self, callback: Callable[[], None]) -> None:
         """Have `callback` called after each append, in the appending thread: it must only pass a signal on. One that
@@ -158,19 +167,24 @@ class EventLog:
     def _apply(self, event: Event) -> None:
         match event:
             case BlockStored():
+                tier = tier_of(event.medium)
+                held = self._held[tier]
                 new = []
                 parent = event.parent_hash
                 for block in event.block_hashes.tolist():
-                    if block not in self._held:
-                        self._held[block] = parent
+                    if block not in held:
+                        held[block] = parent
                         new.append(block)
                     parent = block
-                self._digest.add(np.array(new, dtype=np.uint64))
+                self._digest.add(np.array(new, dtype=np.uint64), tier)
             case BlockRemoved():
-                gone = [block for block in event.block_hashes.tolist() if self._held.pop(block, None) is not None]
-                self._digest.remove(np.array(gone, dtype=np.uint64))
+                tier = tier_of(event.medium)
+                held = self._held[tier]
+                gone = [block for block in event.block_hashes.tolist() if held.pop(block, None) is not None]
+                self._digest.remove(np.array(gone, dtype=np.uint64), tier)
             case AllBlocksCleared():
-                self._held.clear()
+                for held in self._held:
+                    held.clear()
                 self._digest = SetDigest()
 
     def _keep(self, batch: EventBatch, sendable: bool) -> None:

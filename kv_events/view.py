@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import pairwise
 
 import numpy as np
 
 from kv_events.bus import Resync
+from kv_events.columns import changes_of, changes_to
 from kv_events.cursor import (
     Apply,
     DropBlocks,
@@ -19,10 +18,9 @@ from kv_events.cursor import (
     NeedSnapshot,
     StaleEpoch,
 )
-from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Snapshot, UnknownEvent
-from radix.digest import digest_of
-from radix.keys import Hashes
-from radix.tree import PrefixTree
+from kv_events.events import EventBatch, Snapshot
+from radix.digest import SetDigest
+from radix.tree import PrefixTree, Tier
 
 
 @dataclass(slots=True)
@@ -34,6 +32,7 @@ class ViewCounts:
     gaps: int = 0
     stale: int = 0  # batches of an old epoch, or of another worker
     mismatches: int = 0  # times that the digest showed a wrong view
+    truncated: int = 0  # batches after which a cap kept the view from being right
     resyncs: int = 0  # snapshots taken over
     bad_snapshots: int = 0  # snapshots refused
 
@@ -43,6 +42,9 @@ class WorkerView:
 
     After every batch the tree's digest is compared with the worker's own. Where they differ the view goes on with what
     is known, says SNAPSHOT after each batch, and is in step again with a snapshot, or as soon as digests agree.
+
+    Where a cap of the tree keeps blocks of the worker out, the digests cannot agree, and a snapshot would not help: the
+    view goes on with what got in, not in step, and says SNAPSHOT once there is room for a good part of the rest.
     """
 
     def __init__(self, worker_name: str, worker_index: int, tree: PrefixTree) -> None:
@@ -60,6 +62,11 @@ class WorkerView:
         return self._verified and not self._cursor.has_gap
 
     @property
+    def truncated(self) -> bool:
+        """Whether a cap of the tree keeps the view from being right."""
+        return not self._verified and self._tree.refused(self.worker_index) > 0
+
+    @property
     def digest(self) -> bytes:
         """Of the view."""
         return self._tree.digest(self.worker_index)
@@ -73,25 +80,28 @@ class WorkerView:
         if batch.worker != self.worker_name:
             self.counts.stale += 1
             return self._needed()
-        for instruction in self._cursor.offer(batch):
-            self._follow(instruction)
+        if self._cursor.advance(batch):
+            self._apply(batch)
+        else:
+            for instruction in self._cursor.offer(batch):
+                self._follow(instruction)
         return self._needed()
 
     def restore(self, snapshot: Snapshot) -> bool:
-        """Take over a snapshot; False, and no change, when it is of an old epoch or does not verify."""
+        """Take over a snapshot, as far as there is room; False, and no change, when it is of an old epoch or does not
+        verify."""
         if not self._acceptable(snapshot):
             self.counts.bad_snapshots += 1
             return False
         if self._verified and (snapshot.epoch, snapshot.next_seq) <= self._cursor.position:
             return True  # older than what is known, and that is right
         self._tree.clear(self.worker_index)
-        for chain, parent in _chains(snapshot.block_hashes, snapshot.parent_hashes):
-            self._tree.store(self.worker_index, chain, parent)
+        self._tree.apply(self.worker_index, changes_to(snapshot))
         self._verified = self.digest == snapshot.digest
         self.counts.resyncs += 1
         for joined in self._cursor.restored(snapshot.epoch, snapshot.next_seq):
             self._follow(joined)
-        return self._verified
+        return self._verified or self.truncated
 
     def forget(self) -> None:
         """The worker is gone: take its blocks out of the tree and start over."""
@@ -100,12 +110,22 @@ class WorkerView:
         self._verified = False
 
     def _needed(self) -> Resync:
+        if self._verified and not self._cursor.has_gap:
+            return Resync.NONE
         epoch, next_seq = self._cursor.position
         if epoch == 0:
             return Resync.NONE
+        truncated = self.truncated
         if self._cursor.has_gap:
-            return Resync.REPLAY if next_seq and self._verified else Resync.SNAPSHOT
-        return Resync.NONE if self._verified else Resync.SNAPSHOT
+            return Resync.REPLAY if next_seq and (self._verified or truncated) else Resync.SNAPSHOT
+        return Resync.NONE if truncated and not self._has_room() else Resync.SNAPSHOT
+
+    def _has_room(self) -> bool:
+        """Whether a snapshot is worth its cost to a view that was cut short: where all that was refused would fit, or
+        a quarter more than is held (refusals add up, though what was refused may be gone). Room for a 64th has to be
+        there in any case: a cache about as large as its cap would be read again and again for a few blocks."""
+        room, held = self._tree.room(self.worker_index), self._tree.count(self.worker_index)
+        return room > held // 64 and room >= min(self._tree.refused(self.worker_index), held // 4 + 1)
 
     def _follow(self, instruction: Instruction) -> None:
         match instruction:
@@ -124,39 +144,29 @@ class WorkerView:
                 self._last_gap = gap
 
     def _apply(self, batch: EventBatch) -> None:
-        for event in batch.events:
-            self._apply_event(event)
+        self._tree.apply(self.worker_index, changes_of(batch.events))
         self.counts.applied += 1
-        matches = self.digest == batch.digest
-        self.counts.mismatches += self._verified and not matches
-        self._verified = matches
-
-    def _apply_event(self, event: Event) -> None:
-        match event:
-            case BlockStored():
-                self._tree.store(self.worker_index, event.block_hashes, event.parent_hash)
-            case BlockRemoved():
-                self._tree.remove(self.worker_index, event.block_hashes)
-            case AllBlocksCleared():
-                self._tree.clear(self.worker_index)
-            case UnknownEvent():
-                pass  # the digest tells whether it mattered
+        was_verified, self._verified = self._verified, self._tree.digest(self.worker_index) == batch.digest
+        if not self._verified:
+            truncated = self.truncated
+            self.counts.truncated += truncated
+            self.counts.mismatches += was_verified and not truncated
 
     def _acceptable(self, snapshot: Snapshot) -> bool:
-        hashes, parents = snapshot.block_hashes, snapshot.parent_hashes
+        hashes, parents, masks = snapshot.block_hashes, snapshot.parent_hashes, snapshot.tier_masks
         return (
             snapshot.worker == self.worker_name
             and snapshot.epoch >= max(1, self._cursor.position[0])
             and len(hashes) == len(parents)
             and bool(hashes.all())  # 0 is the root
             and len(np.unique(hashes)) == len(hashes)
-            and digest_of(hashes) == snapshot.digest
+            and (masks is None or (len(masks) == len(hashes) and bool(((masks > 0) & (masks < 1 << len(Tier))).all())))
+            and _digest_of(snapshot) == snapshot.digest
         )
 
 
-def _chains(hashes: Hashes, parents: Hashes) -> Iterator[tuple[Hashes, int]]:
-    """A snapshot's blocks as chains, each with the parent of its first block."""
-    starts = np.flatnonzero(parents[1:] != hashes[:-1]) + 1
-    bounds = [0, *starts.tolist(), len(hashes)] if len(hashes) else [0]
-    for start, end in pairwise(bounds):
-        yield hashes[start:end], int(parents[start])
+def _digest_of(snapshot: Snapshot) -> bytes:
+    digest = SetDigest()
+    for tier in Tier:
+        digest.add(snapshot.block_hashes[snapshot.held_in(tier)], tier)
+    return digest.value

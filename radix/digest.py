@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import numpy as np
 
+from radix.checks import check_tier
 from radix.keys import Hashes, check_hashes
+from radix.tree import Tier
 
 DIGEST_BYTES = 16
 EMPTY_DIGEST = bytes(DIGEST_BYTES)
+
+TIER_SALTS = (0, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB)
+"""By tier: what a hash is XORed with before it is mixed, so that a block in two tiers is two elements."""
 
 _LANE_KEYS = np.array([[0x9E3779B97F4A7C15], [0xD1B54A32D192ED03]], dtype=np.uint64)
 _MULTIPLIERS = (np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))
@@ -19,9 +24,10 @@ class SetDigest:
     """Two sums (mod 2^64) of two differently keyed mixes of each hash: what is added may be removed, in any order.
 
     The mix is splitmix64's finalizer (Steele, Lea, Flood: Fast Splittable Pseudorandom Number Generators, OOPSLA 2014)
-    of `hash + lane key`. Equal sets have equal digests. Different sets differ but for a chance of about 2^-128, so
-    lost, doubled or corrupted events and bugs show. It is no defence against an adversary: mixes are invertible and
-    sums are linear, so sets of equal digest can be constructed. A worker could lie about its blocks without that.
+    of `(hash ^ tier salt) + lane key`. Equal sets have equal digests. Different sets differ but for a chance of about
+    2^-128, so lost, doubled or corrupted events and bugs show. It is no defence against an adversary: mixes are
+    invertible and sums are linear, so sets of equal digest can be constructed. A worker could lie about its blocks
+    without that.
     """
 
     __slots__ = ("_high", "_low")
@@ -29,15 +35,15 @@ class SetDigest:
     def __init__(self) -> None:
         self._low = self._high = 0
 
-    def add(self, hashes: Hashes) -> None:
-        """Put in hashes that are not in the set, each once."""
-        low, high = _lane_sums(hashes)
+    def add(self, hashes: Hashes, tier: int = Tier.DEVICE) -> None:
+        """Put in hashes that are not in the set in this tier, each once."""
+        low, high = _lane_sums(hashes, tier)
         self._low = (self._low + low) & _MASK
         self._high = (self._high + high) & _MASK
 
-    def remove(self, hashes: Hashes) -> None:
-        """Take out hashes that are in the set, each once."""
-        low, high = _lane_sums(hashes)
+    def remove(self, hashes: Hashes, tier: int = Tier.DEVICE) -> None:
+        """Take out hashes that are in the set in this tier, each once."""
+        low, high = _lane_sums(hashes, tier)
         self._low = (self._low - low) & _MASK
         self._high = (self._high - high) & _MASK
 
@@ -47,16 +53,17 @@ class SetDigest:
         return self._low.to_bytes(8, "little") + self._high.to_bytes(8, "little")
 
 
-def digest_of(hashes: Hashes) -> bytes:
-    """The digest of a set that is given whole: distinct hashes, in any order."""
+def digest_of(hashes: Hashes, tier: int = Tier.DEVICE) -> bytes:
+    """The digest of a set that is given whole: distinct hashes in one tier, in any order."""
     digest = SetDigest()
-    digest.add(hashes)
+    digest.add(hashes, tier)
     return digest.value
 
 
-def _lane_sums(hashes: Hashes) -> tuple[int, int]:
+def _lane_sums(hashes: Hashes, tier: int) -> tuple[int, int]:
     check_hashes("hashes", hashes)
-    mixed = hashes + _LANE_KEYS  # (2, n); uint64 arrays wrap
+    check_tier(tier)
+    mixed = (hashes ^ np.uint64(TIER_SALTS[tier])) + _LANE_KEYS  # (2, n); uint64 arrays wrap
     mixed ^= mixed >> _SHIFTS[0]
     mixed *= _MULTIPLIERS[0]
     mixed ^= mixed >> _SHIFTS[1]

@@ -25,7 +25,7 @@ DEFAULT_MAX_BLOCKS = 2**26
 DEFAULT_MAX_BLOCKS_PER_WORKER = 2**24
 """(worker, block) entries of one worker: 268 million tokens in blocks of 16."""
 
-LARGEST_MAX_BLOCKS = 2**30
+LARGEST_MAX_BLOCKS = 2**29
 """What either cap may be set to."""
 
 HEAT_WINDOW = 4096

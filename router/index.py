@@ -7,13 +7,17 @@ from heapq import heappop, heappush
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.keys import Hashes
+from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
 
 
 class Index:
     """Views by worker id. The tree knows workers as small numbers; those of dropped workers are used again."""
 
-    def __init__(self) -> None:
-        self.tree = make_tree()
+    def __init__(
+        self, max_blocks: int = DEFAULT_MAX_BLOCKS, max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER
+    ) -> None:
+        """The caps of the tree: (worker, block) entries in all and of one worker. ValueError out of range."""
+        self.tree = make_tree(max_blocks, max_blocks_per_worker)
         self._views: dict[str, WorkerView] = {}
         self._names: dict[int, str] = {}
         self._free: list[int] = []

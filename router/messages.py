@@ -12,6 +12,7 @@ from radix.hashing import BlockHasher, derive_salt
 from radix.keys import Tokens, hashes_of
 from rhizome import validate
 from rhizome.errors import InvalidRequest
+from rhizome.ticket import fleet_secret
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import RouteRequest
 from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
@@ -31,16 +32,24 @@ class PreparedRequest:
 
 
 def prepare(
-    request: router_pb2.GenerateRequest, card: ModelCard, tokenizer: PromptTokenizer | None, *, streamed: bool
+    request: router_pb2.GenerateRequest,
+    card: ModelCard,
+    tokenizer: PromptTokenizer | None,
+    *,
+    streamed: bool,
+    secret: bytes | None = None,
 ) -> PreparedRequest:
-    """Check, tokenize and hash a request for the model of `card`. Touches no shared state. Raises InvalidRequest."""
+    """Check, tokenize and hash a request for the model of `card`, under the fleet's secret (None: the environment's).
+
+    Touches no shared state. Raises InvalidRequest.
+    """
     tokens = _tokens(request, card, tokenizer)
     validate.check_prompt_length(len(tokens), card.max_model_len)
     validate.check_token_ids(tokens, card.vocab_size)
     validate.check_sampling(
         request.sampling, vocab_size=card.vocab_size, prompt_tokens=len(tokens), max_model_len=card.max_model_len
     )
-    hasher = _hasher(card.name, card.block_size)
+    hasher = _hasher(card.name, card.block_size, fleet_secret() if secret is None else secret)
     keys = hasher.keys(tokens)
     request_id = request.request_id or uuid.uuid4().hex
     route = RouteRequest(
@@ -87,8 +96,8 @@ def _tokens(request: router_pb2.GenerateRequest, card: ModelCard, tokenizer: Pro
 
 
 @lru_cache(maxsize=256)
-def _hasher(model: str, block_size: int) -> BlockHasher:
-    return BlockHasher(block_size, derive_salt(model))
+def _hasher(model: str, block_size: int, secret: bytes) -> BlockHasher:
+    return BlockHasher(block_size, derive_salt(model), secret)
 
 
 def worker_info(request: fleet_pb2.RegisterRequest) -> WorkerInfo:

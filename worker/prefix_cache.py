@@ -1,7 +1,8 @@
 """Which blocks hold which prefix. Torch-free.
 
-Every change leaves an event behind, in order, for the router to follow. A block is found by its whole 128-bit key,
-and is reused only if its own tokens and the key before it are those asked for.
+Every change leaves an event behind, in order, for the router to follow. A block is listed under its block hash, as in
+those events, and is reused only if its key, its tokens and those of all blocks before it are the ones asked for. So
+prefixes that share a hash or a whole key, by chance or by design, cost misses and never mix contents.
 """
 
 from __future__ import annotations
@@ -12,35 +13,53 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
+from radix.hashing import as_tokens
 from radix.keys import ROOT_HASH
 from worker.block_pool import BlockPool
 
-ROOT_KEY = bytes(16)
 
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class CachedBlock:
-    """The content of one full block: its key, the key before it, its tokens."""
+    """The content of one full block: its key, its tokens as `pack` makes them, and what comes before (None: nothing).
+
+    The content of an evicted block lives on in what follows it: that was computed after it and after nothing else.
+    """
 
     key: bytes
-    parent_key: bytes
-    tokens: tuple[int, ...]
+    tokens: bytes
+    parent: CachedBlock | None
+
+
+def pack(tokens: Sequence[int]) -> bytes:
+    """Tokens in 4 bytes each."""
+    return as_tokens(tokens).tobytes()
 
 
 def hash_of(key: bytes) -> int:
-    """The block hash: the low 64 bits of a key; the root's is 0."""
+    """The block hash: the low 64 bits of a key."""
     return int.from_bytes(key[:8], "little")
 
 
+def _same_prefix(one: CachedBlock | None, other: CachedBlock | None) -> bool:
+    """Whether both end the same prefix. Takes one step where both have one parent object."""
+    while one is not other:
+        if one is None or other is None or one.key != other.key or one.tokens != other.tokens:
+            return False
+        one, other = one.parent, other.parent
+    return True
+
+
 class PrefixCache:
-    """Key -> block, over a pool of its own making."""
+    """Block hash -> block, over a pool of its own making. Of two prefixes under one hash the first is listed."""
 
     def __init__(self, num_blocks: int, block_size: int) -> None:
         self.block_size = block_size
+        self._block_bytes = 4 * block_size
         self.pool = BlockPool(num_blocks, self._forget)
-        self._by_key: dict[bytes, int] = {}
+        self._by_hash: dict[bytes, int] = {}  # by the first 8 bytes of a key
         self._contents: dict[int, CachedBlock] = {}
         self._events: list[Event] = []
+        self.collisions = 0  # full blocks that stayed unlisted, as another prefix was listed under their hash
 
     def __len__(self) -> int:
         return len(self._contents)
@@ -48,25 +67,37 @@ class PrefixCache:
     def lookup(self, keys: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
         """The blocks of the longest cached prefix, at most one for each key. Takes no reference."""
         blocks: list[int] = []
-        parent_key = ROOT_KEY
+        previous: CachedBlock | None = None
+        packed = b""
         for index, key in enumerate(keys):
-            block = self._by_key.get(key)
+            block = self._by_hash.get(key[:8])
             if block is None:
                 break
-            start = index * self.block_size
+            packed = packed or pack(tokens[: len(keys) * self.block_size])
+            start = index * self._block_bytes
             content = self._contents[block]
-            if content.parent_key != parent_key or content.tokens != tuple(tokens[start : start + self.block_size]):
+            if content.key != key or content.tokens != packed[start : start + self._block_bytes]:
                 break
+            if content.parent is not previous:
+                if not _same_prefix(content.parent, previous):
+                    break
+                content.parent = previous  # one object for one prefix, so that comparing takes one step
             blocks.append(block)
-            parent_key = key
+            previous = content
         return blocks
 
     def insert(self, block: int, content: CachedBlock) -> None:
-        """List a block that is in use and full. If its key is listed already, the block stays unlisted."""
-        if content.key in self._by_key:
+        """List a block that is in use and full. If its hash is taken, the block stays unlisted."""
+        if content.parent is not None:
+            parent = self._listed(content.parent)
+            if parent is not None and _same_prefix(parent, content.parent):
+                content.parent = parent
+        listed = self._listed(content)
+        if listed is not None:
+            self.collisions += not _same_prefix(listed, content)
             return
         assert block not in self._contents, "a listed block is rewritten"
-        self._by_key[content.key] = block
+        self._by_hash[content.key[:8]] = block
         self._contents[block] = content
         self.pool.set_cached(block, True)
         self._stored(content)
@@ -76,7 +107,7 @@ class PrefixCache:
         forgotten = len(self._contents)
         for block in self._contents:
             self.pool.set_cached(block, False)
-        self._by_key.clear()
+        self._by_hash.clear()
         self._contents.clear()
         self._events.append(AllBlocksCleared())
         return forgotten
@@ -89,11 +120,17 @@ class PrefixCache:
     def check(self) -> None:
         """Assert the pool's invariants and that both directions agree."""
         self.pool.check()
-        assert {content.key: block for block, content in self._contents.items()} == self._by_key
+        assert {content.key[:8]: block for block, content in self._contents.items()} == self._by_hash
+
+    def _listed(self, content: CachedBlock) -> CachedBlock | None:
+        """What is listed under the hash of `content`."""
+        block = self._by_hash.get(content.key[:8])
+        return None if block is None else self._contents[block]
 
     def _stored(self, content: CachedBlock) -> None:
         """Note a stored block; blocks that follow one another in a chain share an event."""
-        block_hash, parent_hash = hash_of(content.key), hash_of(content.parent_key)
+        block_hash = hash_of(content.key)
+        parent_hash = ROOT_HASH if content.parent is None else hash_of(content.parent.key)
         last = self._events[-1] if self._events else None
         if isinstance(last, BlockStored) and parent_hash != ROOT_HASH and int(last.block_hashes[-1]) == parent_hash:
             hashes = np.append(last.block_hashes, np.uint64(block_hash))
@@ -103,7 +140,7 @@ class PrefixCache:
 
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block)
-        del self._by_key[content.key]
+        del self._by_hash[content.key[:8]]
         removed = np.array([hash_of(content.key)], np.uint64)
         last = self._events[-1] if self._events else None
         if isinstance(last, BlockRemoved):

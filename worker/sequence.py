@@ -9,7 +9,7 @@ import numpy as np
 from radix.hashing import BlockHasher
 from radix.keys import KEY_BYTES, BlockKeys
 from worker.plan import SamplingParams
-from worker.prefix_cache import ROOT_KEY, CachedBlock
+from worker.prefix_cache import CachedBlock, pack
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +41,7 @@ class Sequence:
     expected_cached: int = 0  # the same, estimated while waiting
 
     _keys: list[bytes] = field(default_factory=list)
+    _contents: list[CachedBlock] = field(default_factory=list)  # of leading full blocks, as far as asked for
 
     def __post_init__(self) -> None:
         if not self.tokens:
@@ -80,11 +81,13 @@ class Sequence:
         return self._keys[:limit]
 
     def content(self, index: int) -> CachedBlock:
-        """What full block `index` of this sequence holds."""
+        """What full block `index` of this sequence holds, and after what."""
         self._extend_keys(index + 1)
         size = self.request.hasher.block_size
-        parent_key = self._keys[index - 1] if index else ROOT_KEY
-        return CachedBlock(self._keys[index], parent_key, tuple(self.tokens[index * size : (index + 1) * size]))
+        for at in range(len(self._contents), index + 1):
+            parent = self._contents[-1] if at else None
+            self._contents.append(CachedBlock(self._keys[at], pack(self.tokens[at * size : (at + 1) * size]), parent))
+        return self._contents[index]
 
     def fork(self, choice: int) -> Sequence:
         """Another choice over the same computed tokens and blocks (whose references the scheduler takes)."""
@@ -98,6 +101,7 @@ class Sequence:
             listed=self.listed,
             cached_tokens=self.cached_tokens,
             _keys=list(self._keys),
+            _contents=list(self._contents),
         )
 
     def _extend_keys(self, blocks: int) -> None:

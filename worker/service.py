@@ -51,7 +51,8 @@ class WorkerService:
         self._identity = identity
         self._thread = thread
         self._wall_ms = wall_ms
-        self._own_hasher = BlockHasher(identity.model.block_size, derive_salt(identity.model.name))
+        salt = derive_salt(identity.model.name)
+        self._own_hasher = BlockHasher(identity.model.block_size, salt, identity.secret)
 
     async def generate(self, request: worker_pb2.WorkerGenerateRequest, context: rpc.Context) -> None:
         """Stream a request's chunks. When the call ends before, whoever ended it, so does the request."""
@@ -122,7 +123,8 @@ class WorkerService:
                 raise InvalidRequest(
                     "block_keys", len(request.block_keys), f"bytes: {KEY_BYTES} for each of {full_blocks} blocks"
                 )
-            hasher, keys = BlockHasher(model.block_size, request.salt), keys_from_bytes(request.block_keys)
+            hasher = BlockHasher(model.block_size, request.salt, identity.secret)
+            keys = keys_from_bytes(request.block_keys)
         return EngineRequest(
             request_id=request.request_id or uuid.uuid4().hex,
             token_ids=tokens.tolist(),

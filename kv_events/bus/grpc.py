@@ -86,6 +86,7 @@ def _chunks(snapshot: Snapshot) -> Iterator[pb.SnapshotChunk]:
             block_size=snapshot.block_size,
             block_hashes=snapshot.block_hashes[part].astype("<u8", copy=False).tobytes(),
             parent_hashes=snapshot.parent_hashes[part].astype("<u8", copy=False).tobytes(),
+            tier_masks=b"" if snapshot.tier_masks is None else snapshot.tier_masks[part].tobytes(),
         )
 
 
@@ -134,7 +135,8 @@ class GrpcEventSource:
             with _translated():
                 async for chunk in call:
                     chunks.append(chunk)
-                    received += max(len(chunk.block_hashes), len(chunk.parent_hashes)) // _HASH_BYTES
+                    most_bytes = max(len(chunk.block_hashes), len(chunk.parent_hashes))
+                    received += max(most_bytes // _HASH_BYTES, len(chunk.tier_masks))
                     if received > min(chunks[0].total_blocks, MAX_SNAPSHOT_BLOCKS) or len(chunks) > received + 1:
                         raise wire.WireError(f"the snapshot goes on past its {chunks[0].total_blocks} blocks")
         finally:
@@ -148,11 +150,14 @@ def _assembled(chunks: list[pb.SnapshotChunk]) -> Snapshot:
     first = chunks[0]
     hashes = b"".join(chunk.block_hashes for chunk in chunks)
     parents = b"".join(chunk.parent_hashes for chunk in chunks)
+    masks = b"".join(chunk.tier_masks for chunk in chunks)
     expected = first.total_blocks * _HASH_BYTES
     if len(hashes) != expected or len(parents) != expected:
         raise wire.WireError(
             f"the snapshot has {len(hashes)} bytes of hashes and {len(parents)} of parents: {expected} are needed"
         )
+    if len(masks) not in (0, first.total_blocks):
+        raise wire.WireError(f"the snapshot has {len(masks)} masks of tiers: none or {first.total_blocks} are needed")
     if not 1 <= first.epoch <= wire.MAX_COUNT or len(first.digest) != DIGEST_BYTES:
         raise wire.WireError("the snapshot has no epoch or no digest")
     return Snapshot(
@@ -163,6 +168,7 @@ def _assembled(chunks: list[pb.SnapshotChunk]) -> Snapshot:
         block_size=first.block_size,
         block_hashes=np.frombuffer(hashes, dtype="<u8").astype(np.uint64, copy=False),
         parent_hashes=np.frombuffer(parents, dtype="<u8").astype(np.uint64, copy=False),
+        tier_masks=np.frombuffer(masks, dtype=np.uint8) if masks else None,
     )
 
 

@@ -1,7 +1,209 @@
+// radix._native.NativeTree. Short calls keep the GIL: letting it go costs more than they do.
+#include <algorithm>
+#include <random>
+
 #include "bindings.hpp"
+#include "tree.hpp"
 
 namespace radix {
 
-void bind_tree(nb::module_ &) {}
+namespace {
+
+constexpr size_t LONG = 4096;  // blocks; calls with as many let other Python threads run
+constexpr const char *HASHES = "a one-dimensional array of uint64";
+using HashesArgument = ArrayArgument<uint64_t>;
+
+void check_range(const char *field, int64_t value, int64_t least, uint64_t most) {
+    if (value < least || static_cast<uint64_t>(value) > most)
+        throw nb::value_error((std::string(field) + " is " + std::to_string(value) + ": " + std::to_string(least) +
+                               " to " + std::to_string(most) + " are allowed").c_str());
+}
+
+uint32_t check_worker(int64_t worker) {
+    check_range("worker", worker, 0, MAX_WORKERS - 1);
+    return static_cast<uint32_t>(worker);
+}
+
+uint64_t check_hash(const char *field, nb::handle value) {  // any Python integer
+    const uint64_t hash = PyLong_AsUnsignedLongLong(value.ptr());
+    if (hash != ~uint64_t(0) || !PyErr_Occurred()) return hash;
+    if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw nb::python_error();
+    PyErr_Clear();
+    throw nb::value_error((std::string(field) + " is " + text_of(nb::borrow(value)) +
+                           ": 0 to 2^64 - 1 are allowed").c_str());
+}
+
+void check_stored(const uint64_t *hashes, size_t count) {
+    if (std::find(hashes, hashes + count, ROOT_HASH) != hashes + count)
+        throw nb::value_error("hashes hold 0: it stands for the root, a block has another");
+}
+
+template <class T> nb::object to_array(const T *from, size_t count) {
+    T *data;
+    nb::object array = new_array({static_cast<npy_intp>(count)}, sizeof(T) == 8 ? NPY_UINT64 : NPY_UINT32, &data);
+    std::copy_n(from, count, data);
+    return array;
+}
+template <class T> nb::object to_array(const std::vector<T> &from) { return to_array(from.data(), from.size()); }
+
+// A writer's turn. A thread that has to wait for it lets the GIL go: the other one may need it to finish.
+template <class Act> auto write(Tree &tree, size_t blocks, Act act) {
+    std::unique_lock<std::mutex> turn(tree.turn(), std::try_to_lock);
+    if (turn.owns_lock() && blocks < LONG && tree.committed(blocks)) return act();
+    nb::gil_scoped_release released;
+    if (!turn.owns_lock()) turn.lock();
+    return act();
+}
+
+Changes as_changes(nb::handle value) {  // of Python columns, all checked
+    const ArrayArgument<uint8_t> kinds(value.attr("kinds"), "kinds", "a one-dimensional array of uint8");
+    const ArrayArgument<uint8_t> tiers(value.attr("tiers"), "tiers", "a one-dimensional array of uint8");
+    const HashesArgument parents(value.attr("parents"), "parents", HASHES);
+    const ArrayArgument<uint32_t> ends(value.attr("ends"), "ends", "a one-dimensional array of uint32");
+    const HashesArgument hashes(value.attr("hashes"), "hashes", HASHES);
+    const size_t rows = kinds.size();
+    if (tiers.size() != rows || parents.size() != rows || ends.size() != rows)
+        throw nb::value_error("kinds, tiers, parents and ends differ in length");
+    size_t start = 0;
+    for (size_t i = 0; i < rows; start = ends.data()[i++]) {
+        check_range("kind", kinds.data()[i], STORE, CLEAR);
+        check_range("tier", tiers.data()[i], 0, TIERS - 1);
+        check_range("end", ends.data()[i], static_cast<int64_t>(start), hashes.size());
+        if (kinds.data()[i] == STORE) check_stored(hashes.data() + start, ends.data()[i] - start);
+    }
+    if (start != hashes.size()) throw nb::value_error("hashes go on after the last end");
+    return {{kinds.data(), kinds.data() + rows}, {tiers.data(), tiers.data() + rows},
+            {parents.data(), parents.data() + rows}, {ends.data(), ends.data() + rows},
+            {hashes.data(), hashes.data() + hashes.size()}};
+}
+
+nb::object as_dict(const Matched &matched) {
+    nb::object dict = nb::steal(PyDict_New());
+    const uint32_t *depths = matched.depths(TIERS - 1);
+    nb::object depth;  // neighbours often have the same
+    for (size_t i = 0; i < matched.count; i++) {
+        if (!i || depths[i] != depths[i - 1]) depth = nb::steal(PyLong_FromUnsignedLong(depths[i]));
+        const nb::object worker = nb::steal(PyLong_FromUnsignedLong(matched.rows[i]));
+        if (PyDict_SetItem(dict.ptr(), worker.ptr(), depth.ptr())) throw nb::python_error();
+    }
+    return dict;
+}
+
+std::vector<Matched> match_many(const Tree &tree, nb::sequence queries) {
+    std::vector<HashesArgument> arguments;
+    for (nb::handle query : queries) arguments.emplace_back(query, "hashes", HASHES);
+    std::vector<Matched> matches(arguments.size());
+    nb::gil_scoped_release released;
+    for (size_t i = 0; i < matches.size(); i++) matches[i] = tree.match(arguments[i].data(), arguments[i].size());
+    return matches;
+}
+
+Tree *make_tree(int64_t max_blocks, int64_t max_blocks_per_worker, nb::object seed) {
+    check_range("max_blocks", max_blocks, 1, LARGEST_MAX_BLOCKS);
+    check_range("max_blocks_per_worker", max_blocks_per_worker, 1, LARGEST_MAX_BLOCKS);
+    std::random_device random;
+    const uint64_t drawn = uint64_t(random()) << 32 | random();
+    return new Tree(max_blocks, max_blocks_per_worker, seed.is_none() ? drawn : check_hash("seed", seed));
+}
+
+}  // namespace
+
+void bind_tree(nb::module_ &module) {
+    nb::class_<Matched>(module, "Matches")
+        .def_prop_ro("workers", [](const Matched &m) { return to_array(m.rows.data(), m.count); })
+        .def_prop_ro("depths", [](const Matched &m) { return to_array(m.depths(TIERS - 1), m.count); })
+        .def_prop_ro("tier_depths", [](const Matched &m) {
+            uint32_t *data;
+            nb::object array = new_array({TIERS, static_cast<npy_intp>(m.count)}, NPY_UINT32, &data);
+            std::copy_n(m.depths(0), TIERS * m.count, data);
+            return array;
+        })
+        .def("as_dict", &as_dict)
+        .def("__len__", [](const Matched &m) { return m.count; });
+
+    nb::class_<Tree>(module, "NativeTree")
+        .def(nb::new_(&make_tree), nb::arg("max_blocks") = DEFAULT_MAX_BLOCKS,
+             nb::arg("max_blocks_per_worker") = DEFAULT_MAX_BLOCKS_PER_WORKER, nb::arg("seed") = nb::none())
+        .def("store", [](Tree &tree, int64_t worker, nb::handle hashes, nb::handle parent, int64_t tier) {
+            const uint32_t number = check_worker(worker);
+            const uint64_t above = check_hash("parent", parent);
+            const HashesArgument blocks(hashes, "hashes", HASHES);
+            check_range("tier", tier, 0, TIERS - 1);
+            check_stored(blocks.data(), blocks.size());
+            return write(tree, blocks.size(), [&] {
+                return tree.store(number, blocks.data(), blocks.size(), above, static_cast<int>(tier));
+            });
+        }, nb::arg("worker"), nb::arg("hashes"), nb::arg("parent") = ROOT_HASH, nb::arg("tier") = 0)
+        .def("remove", [](Tree &tree, int64_t worker, nb::handle hashes, int64_t tier) {
+            const uint32_t number = check_worker(worker);
+            const HashesArgument blocks(hashes, "hashes", HASHES);
+            check_range("tier", tier, 0, TIERS - 1);
+            return write(tree, blocks.size(), [&] {
+                return tree.remove(number, blocks.data(), blocks.size(), static_cast<int>(tier));
+            });
+        }, nb::arg("worker"), nb::arg("hashes"), nb::arg("tier") = 0)
+        .def("clear", [](Tree &tree, int64_t worker) {
+            const uint32_t number = check_worker(worker);
+            return write(tree, tree.count(number), [&] { return tree.clear(number); });
+        }, nb::arg("worker"))
+        .def("apply", [](Tree &tree, int64_t worker, const Changes &changes) {
+            const uint32_t number = check_worker(worker);
+            write(tree, changes.hashes.size(), [&] { return tree.apply(number, changes); });
+        }, nb::arg("worker"), nb::arg("changes"))
+        .def("apply", [](Tree &tree, int64_t worker, nb::object columns) {
+            const uint32_t number = check_worker(worker);
+            const Changes changes = as_changes(columns);
+            write(tree, changes.hashes.size(), [&] { return tree.apply(number, changes); });
+        }, nb::arg("worker"), nb::arg("changes"))
+        .def("match", [](const Tree &tree, nb::handle hashes) {
+            const HashesArgument blocks(hashes, "hashes", HASHES);
+            return tree.match(blocks.data(), blocks.size());
+        }, nb::arg("hashes"))
+        .def("match_many", [](const Tree &tree, nb::sequence queries) {
+            nb::list results;
+            for (Matched &matched : match_many(tree, queries)) results.append(std::move(matched));
+            return results;
+        }, nb::arg("queries"))
+        .def("digest", [](const Tree &tree, int64_t worker) {
+            const Digest digest = tree.digest(check_worker(worker));
+            return nb::bytes(digest.data(), sizeof digest);
+        }, nb::arg("worker"))
+        .def("blocks", [](const Tree &tree, int64_t worker) { return to_array(tree.blocks(check_worker(worker))); },
+             nb::arg("worker"))
+        .def("count", [](const Tree &tree, int64_t worker) { return tree.count(check_worker(worker)); },
+             nb::arg("worker"))
+        .def("refused", [](const Tree &tree, int64_t worker) { return tree.refused(check_worker(worker)); },
+             nb::arg("worker"))
+        .def("room", [](const Tree &tree, int64_t worker) { return tree.room(check_worker(worker)); },
+             nb::arg("worker"))
+        .def("__len__", &Tree::size)
+        .def("holders", [](const Tree &tree, nb::handle hash) {
+            return to_array(tree.holders(check_hash("block_hash", hash)));
+        }, nb::arg("block_hash"))
+        .def("children", [](const Tree &tree, nb::handle hash) {
+            return to_array(tree.children(check_hash("block_hash", hash)));
+        }, nb::arg("block_hash"))
+        .def("hottest", [](const Tree &tree, int64_t limit) {
+            check_range("limit", limit, 0, HEAT_WINDOW);
+            const nb::object prefix = nb::module_::import_("radix.tree").attr("HotPrefix");
+            nb::list hottest;
+            for (const Hot &hot : tree.hottest(limit)) hottest.append(prefix(hot.hash, hot.depth, hot.hits));
+            return hottest;
+        }, nb::arg("limit"))
+        .def("dump", [](Tree &tree) {
+            const Dumped all = write(tree, LONG, [&] { return tree.dump(); });
+            return nb::module_::import_("radix.tree").attr("Dump")(
+                to_array(all.hashes), to_array(all.parents), to_array(all.holder_sets), to_array(all.set_ends),
+                to_array(all.members));
+        })
+        .def("check", [](Tree &tree) {
+            try {
+                write(tree, 0, [&] { return tree.check(); });
+            } catch (const std::logic_error &error) {
+                PyErr_SetString(PyExc_AssertionError, error.what());
+                throw nb::python_error();
+            }
+        });
+}
 
 }  // namespace radix

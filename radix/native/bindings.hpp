@@ -20,6 +20,12 @@ void bind_hashing(nb::module_ &module);
 void bind_tree(nb::module_ &module);
 void bind_events(nb::module_ &module);
 
+inline std::string text_of(nb::object value) {
+    const nb::object text = nb::steal(PyObject_Str(value.ptr()));
+    if (!text.is_valid()) throw nb::python_error();
+    return PyUnicode_AsUTF8(text.ptr());
+}
+
 // A 1-D C-contiguous array of T, borrowed from Python for the length of a call (strided ones are copied).
 template <class T> class ArrayArgument {
   public:
@@ -29,9 +35,8 @@ template <class T> class ArrayArgument {
         if (!PyArray_Check(value.ptr()) || PyArray_NDIM(array) != 1 || PyArray_ITEMSIZE(array) != sizeof(T) ||
             !PyTypeNum_ISUNSIGNED(PyArray_TYPE(array)) || PyArray_ISBYTESWAPPED(array)) {
             const std::string shown = PyArray_Check(value.ptr())
-                                          ? nb::cast<std::string>(nb::str(value.attr("dtype"))) + " " +
-                                                nb::cast<std::string>(nb::str(value.attr("shape")))
-                                          : std::string(Py_TYPE(value.ptr())->tp_name);
+                                          ? text_of(value.attr("dtype")) + " " + text_of(value.attr("shape"))
+                                          : Py_TYPE(value.ptr())->tp_name;
             throw nb::type_error((std::string(field) + " is " + shown + ": " + what + " is needed").c_str());
         }
         if (PyArray_IS_C_CONTIGUOUS(array) && PyArray_ISALIGNED(array)) owner_ = nb::borrow(value);

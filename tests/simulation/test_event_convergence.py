@@ -136,7 +136,7 @@ def damaged(batch: EventBatch, chance: random.Random) -> EventBatch:
             hashes[chance.randrange(len(hashes))] ^= np.uint64(1 << chance.randrange(8, 64))
             events[position] = replace(event, block_hashes=hashes)
             break
-    return replace(batch, events=tuple(events))
+    return batch._replace(events=tuple(events))
 
 
 def simulate(seed: int) -> dict[str, int]:

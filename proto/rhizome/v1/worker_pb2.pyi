@@ -372,6 +372,7 @@ class SnapshotChunk(_message.Message):
     BLOCK_SIZE_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     PARENT_HASHES_FIELD_NUMBER: _builtins.int
+    TIER_MASKS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     next_seq: _builtins.int
@@ -384,6 +385,8 @@ class SnapshotChunk(_message.Message):
     """little-endian uint64; parents before children where both are held"""
     parent_hashes: _builtins.bytes
     """one for each block; 0 at the root"""
+    tier_masks: _builtins.bytes
+    """a byte for each block: bit 0 device, 1 host, 2 disk; empty in all chunks: all on the device"""
     def __init__(
         self,
         *,
@@ -395,10 +398,11 @@ class SnapshotChunk(_message.Message):
         block_size: _builtins.int = ...,
         block_hashes: _builtins.bytes = ...,
         parent_hashes: _builtins.bytes = ...,
+        tier_masks: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "block_size", b"block_size", "digest", b"digest", "epoch", b"epoch", "next_seq", b"next_seq", "parent_hashes", b"parent_hashes", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "block_size", b"block_size", "digest", b"digest", "epoch", b"epoch", "next_seq", b"next_seq", "parent_hashes", b"parent_hashes", "tier_masks", b"tier_masks", "total_blocks", b"total_blocks", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

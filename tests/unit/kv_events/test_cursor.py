@@ -116,18 +116,34 @@ def test_a_snapshot_of_a_new_epoch_forgets_what_waits() -> None:
     assert not cursor.has_gap
 
 
+def test_advancing_is_for_the_next_batch_alone() -> None:
+    """It moves the position as offering does; any other batch, and any while others wait, has to be offered."""
+    cursor = at(1, 5)
+    assert cursor.advance(batch(5))
+    assert cursor.position == (1, 6)
+    for other in (batch(5), batch(7), batch(6, epoch=2), batch(6, epoch=0)):
+        assert not cursor.advance(other)
+    cursor.offer(batch(7))
+    assert not cursor.advance(batch(6))
+    assert applied(cursor.offer(batch(6))) == [6, 7]
+    assert not EventCursor().advance(batch(0)), "the first batch of an epoch drops the blocks of the one before"
+
+
 @settings(deadline=None)
-@given(st.integers(1, 30), st.randoms(use_true_random=False), st.integers(0, 8))
+@given(st.integers(1, 30), st.randoms(use_true_random=False), st.integers(0, 8), st.booleans())
 def test_any_order_with_duplicates_applies_each_batch_once_in_order(
-    count: int, shuffler: random.Random, max_waiting: int
+    count: int, shuffler: random.Random, max_waiting: int, advancing: bool
 ) -> None:
-    """Answering each NeedReplay, sooner or later, gives 0, 1, 2, ... exactly once."""
+    """Answering each NeedReplay, sooner or later, gives 0, 1, 2, ... exactly once, with the short way or without."""
     cursor = at(1, 0, max_waiting)
     seen: list[int] = []
     schedule = [*range(count), *shuffler.choices(range(count), k=count)]
     shuffler.shuffle(schedule)
     for seq in schedule:
-        seen += applied(cursor.offer(batch(seq)))
+        if advancing and cursor.advance(batch(seq)):
+            seen.append(seq)
+        else:
+            seen += applied(cursor.offer(batch(seq)))
         if shuffler.random() < 0.2:
             for missing in range(cursor.position[1], seq):
                 seen += applied(cursor.offer(batch(missing)))

@@ -12,7 +12,7 @@ import pytest
 
 from kv_events.bus.follow import follow
 from kv_events.bus.memory import MemoryEventSource
-from kv_events.events import BlockStored, EventBatch, Snapshot
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, Snapshot
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from kv_events.wire import WireError
@@ -63,7 +63,7 @@ def _keep(batch: EventBatch) -> EventBatch:
 
 
 def flip(batch: EventBatch) -> EventBatch:
-    return replace(batch, events=(BlockStored(np.array([2**50], dtype=np.uint64), 0, 16),))
+    return batch._replace(events=(BlockStored(np.array([2**50], dtype=np.uint64), 0, 16),))
 
 
 def spoil(snapshot: Snapshot) -> Snapshot:
@@ -165,6 +165,33 @@ def test_snapshots_are_tried_until_one_verifies() -> None:
         view = await followed(source, log, 2)
         assert source.calls == ["snapshot"] * 5 + ["subscribe"]
         assert view.counts.bad_snapshots == 2
+
+    run(test())
+
+
+def test_a_view_that_a_cap_cuts_short_is_followed_in_peace() -> None:
+    """One snapshot, however little of it there was room for, then the stream; and another when there is room."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        append(log, *range(1, 9))
+        source = Troubled(log)
+        view = WorkerView("w0", 0, make_tree(max_blocks=4))
+        following = asyncio.create_task(follow(source, view, first_delay_s=0.001, max_delay_s=0.01))
+        for block in range(10, 30):
+            append(log, block)
+            while view.position() != (3, log.next_seq):
+                await asyncio.sleep(0.001)
+        assert view.truncated
+        assert source.calls == ["snapshot", "subscribe"]
+        log.append([AllBlocksCleared(), BlockStored(np.array([5], dtype=np.uint64), 0, 16)], 0.0)
+        await until_in_step(view, log)
+        append(log, 30, 31, 32, 33, 34)
+        log.append([BlockRemoved(np.array([5, 30, 31], dtype=np.uint64))], 0.0)
+        await until_in_step(view, log)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        assert source.calls == ["snapshot", "subscribe"] * 2
 
     run(test())
 

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given, settings
 
 from kv_events import wire
-from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot, UnknownEvent
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot, UnknownEvent, tier_of
 from kv_events.log import MAX_KEPT_WEIGHT, EventLog
-from radix.digest import EMPTY_DIGEST, digest_of
+from radix.digest import EMPTY_DIGEST, SetDigest, digest_of
 from radix.keys import ROOT_HASH, Hashes
+from radix.tree import Tier
 from rhizome.errors import Conflict, Trimmed
 
 
@@ -22,22 +23,25 @@ def blocks(*hashes: int) -> Hashes:
     return np.array(hashes, dtype=np.uint64)
 
 
-def store(*hashes: int, parent: int = ROOT_HASH) -> BlockStored:
-    return BlockStored(blocks(*hashes), parent, 16)
+def store(*hashes: int, parent: int = ROOT_HASH, medium: str = "GPU") -> BlockStored:
+    return BlockStored(blocks(*hashes), parent, 16, medium=medium)
 
 
-def remove(*hashes: int) -> BlockRemoved:
-    return BlockRemoved(blocks(*hashes))
+def remove(*hashes: int, medium: str = "GPU") -> BlockRemoved:
+    return BlockRemoved(blocks(*hashes), medium)
 
 
 def new_log(capacity: int = 100) -> EventLog:
     return EventLog("w0", 1, 16, capacity)
 
 
+MEDIUMS = st.sampled_from(["GPU", "GPU", "CPU", "DISK"])
 EVENTS = st.one_of(
     # Ascending, so that no two blocks descend from each other: hashing cannot do that.
-    st.builds(lambda hashes: store(*sorted(hashes)), st.lists(st.integers(1, 12), max_size=4)),
-    st.builds(lambda hashes: remove(*hashes), st.lists(st.integers(1, 12), max_size=4)),
+    st.builds(
+        lambda hashes, medium: store(*sorted(hashes), medium=medium), st.lists(st.integers(1, 12), max_size=4), MEDIUMS
+    ),
+    st.builds(lambda hashes, medium: remove(*hashes, medium=medium), st.lists(st.integers(1, 12), max_size=4), MEDIUMS),
     st.just(AllBlocksCleared()),
 )
 
@@ -45,33 +49,43 @@ EVENTS = st.one_of(
 @settings(deadline=None)
 @given(st.lists(st.lists(EVENTS, max_size=4), max_size=15))
 def test_the_log_is_a_set_with_a_digest(steps: list[list[Event]]) -> None:
-    """Stores of what is held and removals of what is not change nothing; a clear empties; each batch has its digest."""
-    log, held = new_log(), set[int]()
+    """Of blocks in tiers: stores of what is held and removals of what is not change nothing; a clear empties all; each
+    batch has its digest."""
+    log, held = new_log(), set[tuple[int, int]]()
     for seq, events in enumerate(steps):
         for event in events:
             match event:
                 case BlockStored():
-                    held |= set(event.block_hashes.tolist())
+                    held |= {(block, tier_of(event.medium)) for block in event.block_hashes.tolist()}
                 case BlockRemoved():
-                    held -= set(event.block_hashes.tolist())
+                    held -= {(block, tier_of(event.medium)) for block in event.block_hashes.tolist()}
                 case _:
                     held.clear()
         batch = log.append(events, float(seq))
         assert (batch.worker, batch.epoch, batch.seq, batch.ts) == ("w0", 1, seq, float(seq))
         assert batch.events == tuple(events), "nothing is filtered"
-        assert batch.digest == log.digest == digest_of(blocks(*held))
-        assert len(log) == len(held)
+        assert batch.digest == log.digest == digest_in_tiers(held)
+        assert len(log) == len({block for block, _ in held})
     assert log.next_seq == len(steps)
     assert [batch.seq for batch in log.since(0)] == list(range(len(steps)))
     check_snapshot(log.snapshot(), held)
 
 
-def check_snapshot(snapshot: Snapshot, held: set[int]) -> None:
+def digest_in_tiers(held: set[tuple[int, int]]) -> bytes:
+    digest = SetDigest()
+    for tier in Tier:
+        digest.add(blocks(*(block for block, its in held if its == tier)), tier)
+    return digest.value
+
+
+def check_snapshot(snapshot: Snapshot, held: set[tuple[int, int]]) -> None:
     hashes, parents = snapshot.block_hashes.tolist(), snapshot.parent_hashes.tolist()
-    assert sorted(hashes) == sorted(held)
-    assert snapshot.digest == digest_of(snapshot.block_hashes)
+    assert len(set(hashes)) == len(hashes)
+    assert {(block, tier) for tier in Tier for block in snapshot.block_hashes[snapshot.held_in(tier)].tolist()} == held
+    assert (snapshot.tier_masks is None) == all(tier == Tier.DEVICE for _, tier in held)
+    assert snapshot.digest == digest_in_tiers(held)
     for position, parent in enumerate(parents):
-        assert parent not in held or parent in hashes[: position + 1], "parents come first"
+        assert parent not in hashes[position + 1 :], "parents come first"
 
 
 def test_parents_come_first_even_where_they_were_stored_again_later() -> None:
@@ -79,10 +93,24 @@ def test_parents_come_first_even_where_they_were_stored_again_later() -> None:
     log = new_log()
     log.append([store(1, 2, 3, 4), store(5, parent=2), remove(2), remove(1), store(1, 2)], 0.0)
     snapshot = log.snapshot()
-    check_snapshot(snapshot, {1, 2, 3, 4, 5})
+    check_snapshot(snapshot, {(block, Tier.DEVICE) for block in (1, 2, 3, 4, 5)})
     parents = dict(zip(snapshot.block_hashes.tolist(), snapshot.parent_hashes.tolist(), strict=True))
     assert parents == {1: 0, 2: 1, 3: 2, 4: 3, 5: 2}
     assert (snapshot.worker, snapshot.epoch, snapshot.next_seq, snapshot.block_size) == ("w0", 1, 1, 16)
+
+
+def test_a_block_is_held_as_long_as_it_is_in_any_tier() -> None:
+    """And a snapshot says in which, with its parent, whichever way it got there."""
+    log = new_log()
+    log.append([store(1, 2, 3), store(2, 3, parent=1, medium="CPU_PINNED"), store(3, parent=2, medium="STORAGE")], 0.0)
+    log.append([remove(2, 3), remove(1, medium="CPU")], 0.0)
+    snapshot = log.snapshot()
+    assert snapshot.tier_masks is not None
+    assert dict(zip(snapshot.block_hashes.tolist(), snapshot.tier_masks.tolist(), strict=True)) == {1: 1, 2: 2, 3: 6}
+    assert dict(zip(snapshot.block_hashes.tolist(), snapshot.parent_hashes.tolist(), strict=True)) == {1: 0, 2: 1, 3: 2}
+    assert len(log) == 3
+    log.append([remove(1, 2, 3), remove(2, 3, medium="HOST"), remove(3, medium="DISK")], 0.0)
+    assert (len(log), log.digest) == (0, EMPTY_DIGEST)
 
 
 def test_blocks_that_claim_each_other_as_parent_do_not_hang_a_snapshot() -> None:

@@ -8,32 +8,36 @@ import numpy as np
 import pytest
 
 from kv_events.bus import Resync
-from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, UnknownEvent
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, UnknownEvent
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.digest import EMPTY_DIGEST
 from radix.keys import ROOT_HASH, Hashes
+from tests.support.prefix_trees import holdings
 
 
 def blocks(*hashes: int) -> Hashes:
     return np.array(hashes, dtype=np.uint64)
 
 
-def store(*hashes: int, parent: int = ROOT_HASH) -> BlockStored:
-    return BlockStored(blocks(*hashes), parent, 16)
+def store(*hashes: int, parent: int = ROOT_HASH, medium: str = "GPU") -> BlockStored:
+    return BlockStored(blocks(*hashes), parent, 16, medium=medium)
 
 
 class Pair:
     """A worker's log and a router's view of it."""
 
-    def __init__(self, epoch: int = 1) -> None:
-        self.tree = make_tree()
+    def __init__(self, epoch: int = 1, max_blocks: int = 1000, max_blocks_per_worker: int = 1000) -> None:
+        self.tree = make_tree(max_blocks, max_blocks_per_worker)
         self.view = WorkerView("w0", 4, self.tree)
         self.log = EventLog("w0", epoch, 16)
 
     def restart(self) -> None:
         self.log = EventLog("w0", self.log.epoch + 1, 16)
+
+    def step(self, *events: Event) -> Resync:
+        return self.view.offer(self.log.append(events, 0.0))
 
     def check_equal(self) -> None:
         self.tree.check()
@@ -79,7 +83,7 @@ def test_a_wrong_hash_is_noticed_with_its_batch_and_healed(pair: Pair) -> None:
     """A bit that flipped on the way is a mismatch at once, counted once, and gone with the next snapshot."""
     pair.view.offer(pair.log.append([store(1, 2)], 0.0))
     right = pair.log.append([store(3)], 0.0)
-    assert pair.view.offer(replace(right, events=(store(3 ^ 64),))) is Resync.SNAPSHOT
+    assert pair.view.offer(right._replace(events=(store(3 ^ 64),))) is Resync.SNAPSHOT
     assert not pair.view.synced
     assert pair.view.offer(pair.log.append([store(5)], 0.0)) is Resync.SNAPSHOT
     assert pair.view.counts.mismatches == 1
@@ -91,16 +95,16 @@ def test_a_wrong_hash_is_noticed_with_its_batch_and_healed(pair: Pair) -> None:
 def test_a_wrong_view_that_becomes_right_is_in_step_again(pair: Pair) -> None:
     """After a clear both sides hold nothing: the digest proves it, and no snapshot is needed."""
     right = pair.log.append([store(3)], 0.0)
-    pair.view.offer(replace(right, events=(store(4),)))
+    pair.view.offer(right._replace(events=(store(4),)))
     assert pair.view.offer(pair.log.append([AllBlocksCleared(), store(9)], 0.0)) is Resync.NONE
     pair.check_equal()
 
 
 def test_an_unknown_event_matters_only_if_the_digest_says_so(pair: Pair) -> None:
     """A newer worker's news that changes nothing is passed over; what it changed unseen leads to a snapshot."""
-    harmless = replace(pair.log.append([], 0.0), events=(UnknownEvent("BlockTouched"),))
+    harmless = pair.log.append([], 0.0)._replace(events=(UnknownEvent("BlockTouched"),))
     assert pair.view.offer(harmless) is Resync.NONE
-    unseen = replace(pair.log.append([store(1)], 0.0), events=(UnknownEvent("BlockStoredV2"),))
+    unseen = pair.log.append([store(1)], 0.0)._replace(events=(UnknownEvent("BlockStoredV2"),))
     assert pair.view.offer(unseen) is Resync.SNAPSHOT
     assert pair.view.restore(pair.log.snapshot())
     pair.check_equal()
@@ -154,6 +158,10 @@ def test_a_snapshot_that_does_not_verify_is_refused(pair: Pair) -> None:
         replace(now, block_hashes=blocks(0)),
         replace(now, parent_hashes=blocks()),
         replace(now, epoch=0),
+        replace(now, tier_masks=np.array([2], dtype=np.uint8)),
+        replace(now, tier_masks=np.array([0], dtype=np.uint8)),
+        replace(now, tier_masks=np.array([9], dtype=np.uint8)),
+        replace(now, tier_masks=np.array([1, 1], dtype=np.uint8)),
     ]
     for snapshot in bad:
         assert not pair.view.restore(snapshot)
@@ -174,7 +182,7 @@ def test_a_snapshot_older_than_a_view_in_step_is_not_taken(pair: Pair) -> None:
 def test_a_snapshot_older_than_a_wrong_view_is(pair: Pair) -> None:
     """The view goes back to what is proved, and reads the stream again from there."""
     first = pair.log.append([store(1)], 0.0)
-    pair.view.offer(replace(first, events=(store(2),)))
+    pair.view.offer(first._replace(events=(store(2),)))
     old = pair.log.snapshot()
     second = pair.log.append([store(3)], 0.0)
     pair.view.offer(second)
@@ -193,6 +201,77 @@ def test_a_worker_changes_only_its_own_entries(pair: Pair) -> None:
     assert pair.view.position() == (0, 0)
     pair.view.offer(pair.log.append([store(1), AllBlocksCleared()], 0.0))
     assert pair.tree.blocks(5).tolist() == [1, 2]
+
+
+def test_a_view_follows_through_the_tiers(pair: Pair) -> None:
+    """Blocks that move down and up again are where the worker has them, after batches and after a snapshot."""
+    pair.step(store(1, 2, 3))
+    pair.step(store(2, 3, parent=1, medium="CPU"), BlockRemoved(blocks(2, 3)), store(3, parent=2, medium="DISK"))
+    pair.check_equal()
+    right = {1: [(4, 0b001)], 2: [(4, 0b010)], 3: [(4, 0b110)]}
+    assert holdings(pair.tree) == ({1: 0, 2: 1, 3: 2}, right)
+    assert pair.tree.match(blocks(1, 2, 3)).tier_depths.tolist() == [[1], [3], [3]]
+    other = Pair()
+    other.log = pair.log
+    assert other.view.restore(pair.log.snapshot())
+    other.check_equal()
+    assert holdings(other.tree) == ({1: 0, 2: 1, 3: 2}, right)
+    wrong = pair.log.append([BlockRemoved(blocks(3), "CPU")], 0.0)._replace(events=[BlockRemoved(blocks(3), "DISK")])
+    assert pair.view.offer(wrong) is Resync.SNAPSHOT, "the digest covers the tiers"
+
+
+def test_a_view_that_a_cap_cuts_short_asks_for_nothing_until_there_is_room() -> None:
+    """It goes on with what got in, not in step; snapshots would not help before, and one does afterwards."""
+    pair = Pair(max_blocks=10)
+    assert pair.step(store(*range(1, 9))) is Resync.NONE
+    for block in range(20, 30):
+        assert pair.step(store(block)) is Resync.NONE
+    assert not pair.view.synced
+    assert pair.view.truncated
+    assert (pair.view.counts.truncated, pair.view.counts.mismatches) == (8, 0)
+    assert pair.tree.match(blocks(*range(1, 9))).as_dict() == {4: 8}, "what got in counts"
+    assert pair.step(BlockRemoved(blocks(*range(22, 29)))) is Resync.NONE, "none of these were in"
+    assert pair.step(BlockRemoved(blocks(1, 2, 3))) is Resync.SNAPSHOT, "a quarter more than the 7 that are left"
+    assert pair.view.restore(pair.log.snapshot())
+    pair.check_equal()
+    assert pair.step(store(40)) is Resync.NONE
+    pair.check_equal()
+
+
+def test_a_snapshot_for_which_there_is_no_room_is_taken_as_far_as_it_goes() -> None:
+    """And is not asked for again; batches that follow it are applied, a gap is still replayed."""
+    pair = Pair(max_blocks_per_worker=4)
+    pair.log.append([store(*range(1, 9))], 0.0)
+    assert pair.view.restore(pair.log.snapshot())
+    assert not pair.view.synced
+    assert pair.tree.blocks(4).tolist() == [1, 2, 3, 4]
+    assert pair.step(store(20)) is Resync.NONE
+    missing = pair.log.append([BlockRemoved(blocks(8))], 0.0)
+    assert pair.step(store(21)) is Resync.REPLAY
+    assert pair.view.offer(missing) is Resync.NONE
+    assert pair.view.position() == (1, 4)
+
+
+def test_a_view_that_was_cut_short_is_in_step_as_soon_as_the_digests_agree() -> None:
+    """The worker let go of all that was kept out: nothing is missing any more, whatever was refused."""
+    pair = Pair(max_blocks=3)
+    pair.step(store(1, 2, 3, 4, 5))
+    assert not pair.view.synced
+    assert pair.step(BlockRemoved(blocks(4, 5))) is Resync.NONE
+    pair.check_equal()
+    assert not pair.view.truncated
+    pair.step(store(6))
+    pair.step(AllBlocksCleared(), store(7))
+    pair.check_equal()
+
+
+def test_a_cache_about_as_large_as_its_cap_is_not_read_again_and_again() -> None:
+    """Where a block is refused and another goes, over and over, the room for one is not worth a snapshot."""
+    pair = Pair(max_blocks_per_worker=200)
+    pair.step(store(*range(1, 202)))
+    for block in range(300, 400):
+        assert pair.step(store(block)) is Resync.NONE
+        assert pair.step(BlockRemoved(blocks(block - 150 if block > 350 else block))) is Resync.NONE
 
 
 def test_a_worker_that_is_gone_is_forgotten(pair: Pair) -> None:

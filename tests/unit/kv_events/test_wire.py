@@ -1,9 +1,14 @@
-"""Batches as bytes: what others read from ours, what we read back, and what is refused."""
+"""Batches as bytes: what others read from ours, what we read back, and what is refused.
+
+Whatever is decoded here is decoded in Python and, where it runs, by the native core, and must come out the same.
+"""
 
 from __future__ import annotations
 
 import random
+import struct
 import tracemalloc
+from contextlib import suppress
 from typing import Any
 
 import hypothesis.strategies as st
@@ -14,8 +19,12 @@ import pytest
 from hypothesis import given, settings
 
 from kv_events import wire
+from kv_events.columns import changes_of
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, UnknownEvent
+from radix.backend import native
 from radix.keys import Hashes
+
+needs_native = pytest.mark.skipif(native is None, reason="there is no native core to compare with")
 
 DIGEST = bytes(range(16))
 
@@ -45,36 +54,58 @@ def plain(event: Event) -> tuple[object, ...]:
             return (event,)
 
 
-HASHES = st.lists(st.integers(1, 2**64 - 1), max_size=20).map(lambda each: blocks(*each))
-MEDIUMS = st.text(max_size=20)
-EVENTS = st.one_of(
-    st.builds(
-        BlockStored,
-        HASHES,
-        st.integers(0, 2**64 - 1),
-        st.integers(0, wire.MAX_BLOCK_SIZE),
-        st.none() | st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20).map(lambda t: np.array(t, np.uint32)),
-        MEDIUMS,
-    ),
-    st.builds(BlockRemoved, HASHES, MEDIUMS),
-    st.just(AllBlocksCleared()),
-)
-BATCHES = st.builds(
-    EventBatch,
-    st.text(min_size=1, max_size=60),
-    st.integers(1, wire.MAX_COUNT),
-    st.integers(0, wire.MAX_COUNT),
-    st.lists(EVENTS, max_size=5).map(tuple),
-    st.binary(min_size=16, max_size=16),
-    st.floats(allow_nan=False, allow_infinity=False),
-)
+def decode(payload: bytes) -> EventBatch:
+    """wire.decode, after a look at whether the native core and Python agree. Raises WireError if Python does."""
+    received = wire.decode(payload)
+    expected = wire.decode_in_python(payload)
+    for name in ("worker", "epoch", "seq", "digest", "ts"):
+        value = getattr(received, name)
+        assert (type(value), value) == (type(getattr(expected, name)), getattr(expected, name))
+    columns, right = changes_of(received.events), changes_of(expected.events)
+    for name in ("kinds", "tiers", "parents", "ends", "hashes"):
+        column = getattr(columns, name)
+        assert column.dtype == getattr(right, name).dtype
+        assert column.tolist() == getattr(right, name).tolist()
+    return received
+
+
+def is_read_natively(payload: bytes) -> bool:
+    return isinstance(wire.decode(payload).events, wire.DecodedEvents)
+
+
+HASHES = st.lists(st.integers(1, 2**64 - 1), max_size=3).map(lambda each: blocks(*each))
+TOKENS = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=20).map(lambda each: np.array(each, np.uint32))
+COMMON_MEDIUMS = st.sampled_from(["GPU", "CPU", "DISK"])
+
+
+def batches(
+    tokens: st.SearchStrategy[Any], mediums: st.SearchStrategy[str], workers: st.SearchStrategy[str]
+) -> st.SearchStrategy[EventBatch]:
+    events = st.one_of(
+        st.builds(BlockStored, HASHES, st.integers(0, 2**64 - 1), st.integers(0, wire.MAX_BLOCK_SIZE), tokens, mediums),
+        st.builds(BlockRemoved, HASHES, mediums),
+        st.just(AllBlocksCleared()),
+    )
+    return st.builds(
+        EventBatch,
+        workers,
+        st.integers(1, wire.MAX_COUNT),
+        st.integers(0, wire.MAX_COUNT),
+        st.lists(events, max_size=5).map(tuple),
+        st.binary(min_size=16, max_size=16),
+        st.floats(allow_nan=False, allow_infinity=False),
+    )
+
+
+BATCHES = batches(st.none() | TOKENS, COMMON_MEDIUMS | st.text(max_size=20), st.text(min_size=1, max_size=60))
+COMMON = batches(st.none(), COMMON_MEDIUMS, st.sampled_from(["w0", "worker-12.svc"]))
 
 
 @settings(deadline=None)
 @given(BATCHES, st.booleans())
 def test_what_is_encoded_is_read_back(sent: EventBatch, positional: bool) -> None:
     """Every field of every event, in both encodings, with arrays of the right types."""
-    received = wire.decode(wire.encode(sent, positional=positional))
+    received = decode(wire.encode(sent, positional=positional))
     for name in ("worker", "epoch", "seq", "digest", "ts"):
         assert getattr(received, name) == getattr(sent, name)
     assert [plain(event) for event in received.events] == [plain(event) for event in sent.events]
@@ -160,7 +191,7 @@ def test_batches_that_msgspec_wrote_are_read() -> None:
     """Its encoder omits defaults and orders fields its own way; our fields trail the batch."""
     event = MapStored([1, 2], None, [], 16, None, "GPU", lora_name="x", extra_keys=[("salt",), None], group_idx=1)
     payload = msgspec.msgpack.encode([1.5, [event, MapRemoved([3], None)], None, 1, "w", 1, 0, DIGEST, {"more": [1]}])
-    stored, removed = wire.decode(payload).events
+    stored, removed = decode(payload).events
     assert plain(stored) == ("stored", [1, 2], 0, 16, None, "GPU")
     assert plain(removed) == ("removed", [3], "GPU")
 
@@ -178,9 +209,7 @@ def stored(**changes: Any) -> dict[str, Any]:
 def test_unknown_kinds_and_fields_are_passed_over() -> None:
     """A newer worker's events become UnknownEvent, whatever they hold, and its further fields are skipped."""
     later = {"type": "BlockPromoted", "block_hashes": "not even a list", "deep": [[{"a": [1]}]]}
-    events = wire.decode(
-        raw([later, ["BlockMoved", {"x": [1, 2]}, 3], stored(news={"a": [[1]]}), ["AllBlocksCleared", 1]])
-    )
+    events = decode(raw([later, ["BlockMoved", {"x": [1, 2]}, 3], stored(news={"a": [[1]]}), ["AllBlocksCleared", 1]]))
     assert events.events[:2] == (UnknownEvent("BlockPromoted"), UnknownEvent("BlockMoved"))
     assert plain(events.events[2]) == ("stored", [1], 0, 4, None, "GPU")
     assert events.events[3] == AllBlocksCleared()
@@ -223,6 +252,7 @@ REFUSED = {
     "a token is too large": raw([stored(token_ids=[2**32])]),
     "a token is negative": raw([stored(token_ids=[-1])]),
     "block size is huge": raw([stored(block_size=2**20 + 1)]),
+    "tokens are nil": raw([stored(token_ids=None)]),
     "medium is a number": raw([stored(medium=1)]),
     "too many events": raw([["AllBlocksCleared"]] * (wire.MAX_EVENTS_PER_BATCH + 1)),
     "too many hashes in an event": raw([["BlockRemoved", [1] * (wire.MAX_HASHES_PER_EVENT + 1)]]),
@@ -246,6 +276,8 @@ def test_what_is_not_a_batch_is_refused(payload: bytes) -> None:
     """With WireError, which says what was wrong, and nothing else."""
     with pytest.raises(wire.WireError, match=r"."):
         wire.decode(payload)
+    with pytest.raises(wire.WireError, match=r"."):
+        wire.decode_in_python(payload)
 
 
 @pytest.mark.parametrize(
@@ -290,11 +322,168 @@ def test_damaged_batches_raise_wire_error_only(sent: EventBatch, positional: boo
         if not payload:
             break
     try:
-        received = wire.decode(bytes(payload))
+        received = decode(bytes(payload))
     except wire.WireError:
         return
     assert received.epoch >= 1
     assert len(received.digest) == 16
+
+
+def common(*events: Event, **changes: Any) -> EventBatch:
+    """A batch such as our own workers send."""
+    return batch(BlockStored(blocks(2**63 + 1, 2**40), 2**62, 16), *events, **changes)
+
+
+@needs_native
+@pytest.mark.parametrize("positional", [False, True])
+def test_the_native_core_reads_what_our_own_workers_send(positional: bool) -> None:
+    """Stores, removals and clears in every tier; no events; long names; sizes at which memory is taken."""
+    for medium in ("GPU", "CPU", "DISK"):
+        events = BlockStored(blocks(5, 6), 0, 16, medium=medium), BlockRemoved(blocks(7), medium), AllBlocksCleared()
+        assert is_read_natively(wire.encode(common(*events), positional=positional))
+    for sent in (batch(), common(worker="w" * 255), common(ts=-0.0), common(epoch=wire.MAX_COUNT, seq=wire.MAX_COUNT)):
+        assert is_read_natively(wire.encode(sent, positional=positional))
+    for size in range(40):
+        chain = np.arange(1, size + 1, dtype=np.uint64) << np.uint64(30)
+        payload = wire.encode(batch(*[BlockStored(chain, 7, 16), BlockRemoved(chain)] * size), positional=positional)
+        assert is_read_natively(payload)
+        decode(payload)
+
+
+@needs_native
+def test_what_is_not_common_is_left_to_python() -> None:
+    """Prompt tokens, other mediums, kinds, fields and elements, and text that is not ASCII."""
+    for payload in (
+        wire.encode(THREE),
+        wire.encode(common(BlockRemoved(blocks(1), "CPU_PINNED"))),
+        wire.encode(common(worker="wörker")),
+        raw([{"type": "BlockPromoted"}]),
+        raw([stored(group_idx=1)]),
+        raw([stored(lora_id=3)]),
+        raw([{"type": "BlockRemoved", "block_hashes": [1], "block_size": 4}]),
+        raw([], further=1),
+        raw([{**stored(medium="CPU"), "mediun": None}]).replace(b"mediun", b"medium"),
+    ):
+        decode(payload)
+        assert not is_read_natively(payload)
+
+
+@needs_native
+def test_both_decoders_have_the_same_limits() -> None:
+    """At each limit a batch is read natively; a step further it is refused."""
+    chunk = np.arange(1, wire.MAX_HASHES_PER_EVENT + 2, dtype=np.uint64) << np.uint64(40)
+    cleared = AllBlocksCleared()
+
+    def removals(*sizes: int) -> list[list[Any]]:
+        return [["BlockRemoved", chunk[:size].tolist()] for size in sizes]
+
+    most = wire.MAX_HASHES_PER_EVENT
+    assert 2 * most == wire.MAX_HASHES_PER_BATCH
+    at_and_over = (
+        (raw(removals(most)), raw(removals(most + 1))),
+        (raw(removals(most, most)), raw(removals(most, most, 1))),
+        (wire.encode(batch(*[cleared] * wire.MAX_EVENTS_PER_BATCH)), raw([["AllBlocksCleared"]] * 2**14 + [["x"]])),
+        (raw([stored(block_size=wire.MAX_BLOCK_SIZE)]), raw([stored(block_size=wire.MAX_BLOCK_SIZE + 1)])),
+        (raw([], epoch=wire.MAX_COUNT), raw([], epoch=wire.MAX_COUNT + 1)),
+        (raw([], seq=wire.MAX_COUNT), raw([], seq=wire.MAX_COUNT + 1)),
+    )
+    for at_limit, over in at_and_over:
+        assert is_read_natively(at_limit)
+        decode(at_limit)
+        with pytest.raises(wire.WireError):
+            wire.decode(over)
+
+
+class Packer:
+    """msgpack with every value in any of its encodings, and often one value, or a field more, that is wrong."""
+
+    def __init__(self, chance: random.Random, value: Any) -> None:
+        self.chance = chance
+        self.odd = 0
+        self.pack(value)
+        self.odd = chance.choice([0, chance.randint(1, -self.odd)])  # which value, counted from 1
+
+    def pack(self, value: Any) -> bytes:
+        self.odd -= 1
+        if self.odd == 0 and not isinstance(value, dict):
+            value = self.chance.choice([None, 0, 1, -1, 2**63, 1.5, float("nan"), "", "GPU", b"", [], [0], {}])
+        match value:
+            case bool() | None | float() | bytes():
+                packed: bytes = msgpack.packb(value)
+                return packed
+            case int():
+                return self.integer(value)
+            case str():
+                data = value.encode()
+                return self.header(len(data), 0xA0, 31, 0xD9, "BHI") + data
+            case list():
+                return self.header(len(value), 0x90, 15, 0xDC, "HI") + b"".join(map(self.pack, value))
+            case dict():
+                fields = [*value.items()]
+                if self.chance.random() < 0.5:
+                    self.chance.shuffle(fields)
+                if fields and self.odd == 0:
+                    fields.append((self.chance.choice([*stored(medium="GPU")]), self.chance.choice([None, 1, [1], []])))
+                parts = [self.pack(part) for field in fields for part in field]
+                return self.header(len(fields), 0x80, 15, 0xDE, "HI") + b"".join(parts)
+        raise AssertionError(value)
+
+    def integer(self, value: int) -> bytes:
+        short = [bytes([value])] if 0 <= value < 128 else []
+        return self.one_of(short + self.numbers(value, 0xCC, "BHIQ") + self.numbers(value, 0xD0, "bhiq"))
+
+    def header(self, size: int, short: int, most: int, code: int, kinds: str) -> bytes:
+        return self.one_of(([bytes([short | size])] if size <= most else []) + self.numbers(size, code, kinds))
+
+    def numbers(self, value: int, code: int, kinds: str) -> list[bytes]:
+        """`value` as each of these kinds of struct that holds it, behind codes that ascend."""
+        ways = []
+        for offset, kind in enumerate(kinds):
+            with suppress(struct.error):
+                ways.append(bytes([code + offset]) + struct.pack(">" + kind, value))
+        return ways
+
+    def one_of(self, ways: list[bytes]) -> bytes:
+        return ways[0] if self.chance.random() < 0.97 else self.chance.choice(ways)
+
+
+def structure(sent: EventBatch, positional: bool, chance: random.Random) -> list[Any]:
+    """What an encoder packs, with what may be left out left out at times."""
+    read = msgpack.unpackb(wire.encode(sent, positional=positional), strict_map_key=False)
+    for event in read[1]:
+        for name in ("parent_block_hash", "token_ids", "lora_id", "medium"):
+            if not positional and name in event and chance.random() < 0.2:
+                del event[name]
+        if positional and chance.random() < 0.2:
+            del event[chance.randint(1, len(event)) :]
+    return read
+
+
+@needs_native
+@settings(max_examples=1000, deadline=None)
+@given(COMMON, st.booleans(), st.integers(0, 2**32))
+def test_both_decoders_agree_whatever_the_encoding(sent: EventBatch, positional: bool, seed: int) -> None:
+    """Fields in any order, doubled or left out, numbers and lengths wider than needed, wrong values: the native core
+    reads nothing that Python does not, and nothing differently."""
+    chance = random.Random(seed)
+    value = structure(sent, positional, chance)
+    payload = Packer(chance, value).pack(value)
+    try:
+        decode(payload)
+    except wire.WireError:
+        assert native.decode_batch(payload) is None
+
+
+def test_decoded_events_are_a_sequence_like_any_other() -> None:
+    """However they were read: length, items, slices, iteration and text."""
+    received = decode(wire.encode(common(AllBlocksCleared(), BlockRemoved(blocks(3), "CPU"))))
+    assert len(received.events) == 3
+    assert [type(event).__name__ for event in received.events] == ["BlockStored", "AllBlocksCleared", "BlockRemoved"]
+    assert plain(received.events[-1]) == ("removed", [3], "CPU")
+    assert [plain(event) for event in received.events[:1]] == [("stored", [2**63 + 1, 2**40], 2**62, 16, None, "GPU")]
+    assert received.events[1] is received.events[1]
+    assert "AllBlocksCleared()" in repr(received)
+    assert wire.encode(received) == wire.encode(common(AllBlocksCleared(), BlockRemoved(blocks(3), "CPU")))
 
 
 def test_what_is_too_large_is_not_sent() -> None:
@@ -302,7 +491,7 @@ def test_what_is_too_large_is_not_sent() -> None:
     chunk = np.arange(1, wire.MAX_HASHES_PER_EVENT + 1, dtype=np.uint64) << np.uint64(40)
     largest = batch(BlockRemoved(chunk), BlockRemoved(chunk))
     assert wire.fits(largest.events)
-    assert len(wire.decode(wire.encode(largest)).events[1].block_hashes) == len(chunk)
+    assert len(decode(wire.encode(largest)).events[1].block_hashes) == len(chunk)
     for events in (
         [BlockRemoved(chunk)] * 3,
         [BlockRemoved(np.append(chunk, chunk[:1]))],
@@ -322,7 +511,7 @@ def test_the_largest_batch_fits_a_payload() -> None:
     filler = [AllBlocksCleared()] * (wire.MAX_EVENTS_PER_BATCH - 2)
     payload = wire.encode(batch(*largest, *filler, worker="w" * 255))
     assert len(payload) <= wire.MAX_PAYLOAD_BYTES
-    assert len(wire.decode(payload).events) == wire.MAX_EVENTS_PER_BATCH
+    assert len(decode(payload).events) == wire.MAX_EVENTS_PER_BATCH
 
 
 def test_unknown_events_are_not_sent() -> None:

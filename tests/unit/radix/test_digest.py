@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from radix.digest import DIGEST_BYTES, EMPTY_DIGEST, SetDigest, digest_of
+from radix.digest import DIGEST_BYTES, EMPTY_DIGEST, TIER_SALTS, SetDigest, digest_of
 from radix.keys import Hashes
+from radix.tree import Tier
 
 SETS = st.lists(st.integers(1, 2**64 - 1), unique=True, max_size=30)
 
@@ -21,12 +22,28 @@ def test_the_values_are_fixed() -> None:
     """Digests are compared between processes: these never change."""
     assert digest_of(blocks([1, 2**64 - 1])).hex() == "e18867a4639fe3756e16ee70fbae058d"
     assert digest_of(blocks([])) == EMPTY_DIGEST == bytes(DIGEST_BYTES)
+    assert digest_of(blocks([1, 2**64 - 1]), Tier.HOST).hex() == "7fc67e6c1db6d4f99bfcbfda251ff2b7"
+    assert digest_of(blocks([1, 2**64 - 1]), Tier.DISK).hex() == "b9bca455f195347aab8e6f4b30c9e6e2"
 
 
 def test_the_mix_is_splitmix64s() -> None:
     """The lower lane of a single hash is splitmix64's output for it: the generator's known first value for seed 0."""
     # splitmix64 with state 0 adds its increment (our first lane key) and finalizes: 0xE220A8397B1DCDAF.
     assert digest_of(blocks([0]))[:8] == (0xE220A8397B1DCDAF).to_bytes(8, "little")
+
+
+def test_a_tier_is_a_part_of_each_element() -> None:
+    """The hash is XORed with the tier's salt, which is 0 on the device; a block in two tiers is two elements."""
+    for tier in Tier:
+        assert digest_of(blocks([77]), tier) == digest_of(blocks([77 ^ TIER_SALTS[tier]]))
+    assert TIER_SALTS[Tier.DEVICE] == 0
+    digest = SetDigest()
+    digest.add(blocks([1, 2]))
+    digest.add(blocks([1, 2]), Tier.DISK)
+    digest.remove(blocks([2, 1]))
+    assert digest.value == digest_of(blocks([1, 2]), Tier.DISK)
+    with pytest.raises(ValueError, match="tier is 3: 0 to 2"):
+        digest.add(blocks([1]), 3)
 
 
 @settings(deadline=None)

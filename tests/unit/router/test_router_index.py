@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import pytest
 
 from kv_events.events import BlockStored
 from kv_events.log import EventLog
@@ -25,6 +26,20 @@ def test_matches_come_by_name() -> None:
     assert index.match(hashes) == {"a": 2, "c": 5}
     assert index.match(hashes[:0]) == {}
     index.check(["a", "b", "c"])
+
+
+def test_caps_hold_for_the_tree() -> None:
+    """One worker's blocks stop at its cap, all workers' at the other; what is known is matched."""
+    index = Index(max_blocks=5, max_blocks_per_worker=3)
+    hashes = np.arange(1, 5, dtype=np.uint64)
+    for name in ("a", "b"):
+        index.add(name)
+        hold(index, name, hashes)
+    assert index.match(hashes) == {"a": 3, "b": 2}
+    assert [index.tree.refused(number) for number in (0, 1)] == [1, 2]
+    index.check(["a", "b"])
+    with pytest.raises(ValueError, match="max_blocks_per_worker is 0"):
+        Index(max_blocks_per_worker=0)
 
 
 def test_numbers_are_used_again_and_nothing_is_inherited() -> None:

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from numpy.typing import ArrayLike
 
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.hashing import BlockHasher, derive_salt
+from radix.keys import BlockKeys
 from rhizome.errors import Duplicate, InvalidRequest, Overloaded
 from tests.support.memory_runner import EOS, VOCAB, LetterDecoder, MemoryRunner, reference_answer
 from worker.answer import FinishReason
@@ -43,9 +45,23 @@ def make_engine(config: SchedulerConfig = CONFIG, clock: Callable[[], float] = l
     )
 
 
-def request(name: str, tokens: list[int], params: SamplingParams = GREEDY, **fields: object) -> EngineRequest:
-    keys = HASHER.keys(np.array(tokens, np.uint32))
-    return EngineRequest(name, tokens, params, HASHER, keys, **fields)  # type: ignore[arg-type]
+class WeakHasher(BlockHasher):
+    """Block keys of which there are only a few: whoever knows the hash's key could plant blocks that collide."""
+
+    def keys(self, tokens: ArrayLike, parent: BlockKeys | None = None) -> BlockKeys:
+        keys = []
+        for start in range(0, len(np.asarray(tokens)) // self.block_size * self.block_size, self.block_size):
+            parent = super().keys(np.asarray(tokens)[start : start + self.block_size], parent)[0] % np.uint64(3)
+            parent[0] += np.uint64(1)
+            keys.append(parent)
+        return np.array(keys, np.uint64).reshape(-1, 2)
+
+
+def request(
+    name: str, tokens: list[int], params: SamplingParams = GREEDY, hasher: BlockHasher = HASHER, **fields: object
+) -> EngineRequest:
+    keys = hasher.keys(np.array(tokens, np.uint32))
+    return EngineRequest(name, tokens, params, hasher, keys, **fields)  # type: ignore[arg-type]
 
 
 def run(engine: Engine) -> dict[str, dict[int, list[int]]]:
@@ -66,6 +82,8 @@ def idle_and_nothing_lost(engine: Engine) -> None:
 
 class EngineMachine(RuleBasedStateMachine):
     """Requests come, fork, are cancelled, preempted and cached in any order; every answer is the model's own."""
+
+    hasher = HASHER
 
     def __init__(self) -> None:
         super().__init__()
@@ -96,7 +114,7 @@ class EngineMachine(RuleBasedStateMachine):
         params = dataclasses.replace(params, min_tokens=min(params.min_tokens, params.max_tokens))
         tokens = [1 + (prefix * 7 + at) % (VOCAB - 1) for at in range(shared)] + tail
         self.count += 1
-        new = request(f"r{self.count}", tokens, params, priority=priority, bypass_prefix_cache=bypass)
+        new = request(f"r{self.count}", tokens, params, self.hasher, priority=priority, bypass_prefix_cache=bypass)
         try:
             self.engine.add(new)
         except Overloaded:
@@ -153,8 +171,31 @@ def follow_and_compare(engine: Engine) -> None:
         assert view.synced
 
 
+class CollidingEngineMachine(EngineMachine):
+    """The same where most blocks share their key with others: contents never mix, and log and cache stay in step."""
+
+    hasher = WeakHasher(4, derive_salt("m"))
+
+
 TestEngine = EngineMachine.TestCase
 TestEngine.settings = settings(max_examples=150, stateful_step_count=30, deadline=None)
+TestEngineWithCollisions = CollidingEngineMachine.TestCase
+TestEngineWithCollisions.settings = TestEngine.settings
+
+
+def test_colliding_prompts_get_their_own_answers() -> None:
+    """A second prompt whose blocks all have the keys of the first: counted, computed anew, answered right."""
+    engine = make_engine()
+    first, second = list(range(1, 14)), list(range(14, 27))
+    engine.add(request("first", first))
+    run(engine)
+    keys = HASHER.keys(np.array(first, np.uint32))
+    engine.add(EngineRequest("second", second, GREEDY, HASHER, keys))
+    answers = run(engine)
+    assert answers["second"][0] == reference_answer(second, GREEDY, 0, CONFIG.max_model_len)
+    assert engine.scheduler.cache.collisions == 3
+    idle_and_nothing_lost(engine)
+    follow_and_compare(engine)
 
 
 def test_a_warm_request_computes_only_what_is_not_cached() -> None:

@@ -4,7 +4,7 @@ import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored
 from radix.hashing import BlockHasher, derive_salt
-from worker.prefix_cache import ROOT_KEY, CachedBlock, PrefixCache, hash_of
+from worker.prefix_cache import CachedBlock, PrefixCache, hash_of, pack
 
 HASHER = BlockHasher(4, derive_salt("m"))
 
@@ -14,14 +14,14 @@ def keys_of(tokens: list[int]) -> list[bytes]:
     return [data[at : at + 16] for at in range(0, len(data), 16)]
 
 
-def fill(cache: PrefixCache, tokens: list[int]) -> list[int]:
-    """Allocate and list the full blocks of a prompt; they stay in use."""
-    keys = keys_of(tokens)
+def fill(cache: PrefixCache, tokens: list[int], keys: list[bytes] | None = None) -> list[int]:
+    """Allocate and list the full blocks of a prompt, under its own keys or under made-up ones; they stay in use."""
     blocks = []
-    for index, key in enumerate(keys):
+    content: CachedBlock | None = None
+    for index, key in enumerate(keys or keys_of(tokens)):
         block = cache.pool.allocate()
-        parent_key = keys[index - 1] if index else ROOT_KEY
-        cache.insert(block, CachedBlock(key, parent_key, tuple(tokens[index * 4 : index * 4 + 4])))
+        content = CachedBlock(key, pack(tokens[index * 4 : index * 4 + 4]), content)
+        cache.insert(block, content)
         blocks.append(block)
     return blocks
 
@@ -44,15 +44,85 @@ def test_a_block_with_other_tokens_is_not_reused_even_under_an_equal_key() -> No
     assert cache.lookup(keys_of(list(range(8))), [50, 51, 52, 53, 4, 5, 6, 7]) == []
 
 
-def test_a_block_that_follows_another_prefix_is_not_reused() -> None:
-    """Equal tokens and key do not suffice: the key before must be the same too."""
+def test_of_two_blocks_under_one_key_the_second_stays_uncached() -> None:
+    """It is counted, found by nobody, free when its user ends, and no event names it; the first is found as before."""
     cache = PrefixCache(8, 4)
-    keys = keys_of(list(range(8)))
-    block = cache.pool.allocate()
-    cache.insert(block, CachedBlock(keys[0], ROOT_KEY, (0, 1, 2, 3)))
-    other = cache.pool.allocate()
-    cache.insert(other, CachedBlock(keys[1], bytes(15) + b"x", (4, 5, 6, 7)))
-    assert cache.lookup(keys, list(range(8))) == [block]
+    first, second = [1, 2, 3, 4], [5, 6, 7, 8]
+    key = keys_of(first)
+    cached = fill(cache, first)
+    cache.take_events()
+    planted = fill(cache, second, key)
+    assert cache.take_events() == ()
+    assert cache.collisions == 1
+    assert cache.lookup(key, second) == []
+    assert cache.lookup(key, first) == cached
+    cache.pool.release(planted)
+    assert (cache.pool.in_use, cache.pool.idle, cache.pool.available) == (1, 0, 7)
+    cache.check()
+
+
+def test_of_two_keys_that_share_their_low_half_the_second_stays_uncached() -> None:
+    """Events know the low half alone: a hash stands for one block, so that log and tree stay in step."""
+    cache = PrefixCache(8, 4)
+    tokens = [1, 2, 3, 4]
+    (key,) = keys_of(tokens)
+    cached = fill(cache, tokens)
+    other = [key[:8] + b"another!"]
+    cache.take_events()
+    fill(cache, [5, 6, 7, 8], other)
+    fill(cache, tokens, other)
+    assert cache.collisions == 2
+    assert cache.take_events() == ()
+    assert cache.lookup(other, tokens) == []
+    assert cache.lookup([key], tokens) == cached
+    cache.check()
+
+
+def test_what_follows_a_colliding_block_is_not_reused_after_its_twin() -> None:
+    """Keys that collide once agree ever after, and so may tokens; the contents still follow different prefixes."""
+    cache = PrefixCache(8, 4)
+    first, second = [1, 2, 3, 4], [5, 6, 7, 8]
+    tail = [9, 9, 9, 9]
+    keys = keys_of(first + tail)
+    cached = fill(cache, first)
+    fill(cache, second + tail, keys)
+    assert cache.lookup(keys, first + tail) == cached
+    assert cache.lookup(keys, second + tail) == []
+    third = fill(cache, first + tail, keys)
+    assert cache.collisions == 2, "the tail after the second prefix keeps its key"
+    cache.pool.release(third)
+    cache.check()
+
+
+def test_what_an_evicted_block_left_behind_is_not_reused_after_its_twin() -> None:
+    """The tail outlives its prefix; another prefix comes under the same key; the tail is still that of the first."""
+    cache = PrefixCache(3, 4)
+    first, second = [1, 2, 3, 4], [5, 6, 7, 8]
+    tail = [9, 9, 9, 9]
+    keys = keys_of(first + tail)
+    head, rest = fill(cache, first + tail)
+    cache.pool.release([head, rest])
+    for _ in range(2):
+        cache.pool.allocate()  # the free one, then the head
+    cache.pool.release([head])
+    planted = fill(cache, second, keys[:1])
+    assert cache.lookup(keys, second + tail) == planted
+    assert cache.lookup(keys, first + tail) == []
+
+
+def test_what_an_evicted_block_left_behind_is_found_when_that_is_computed_again() -> None:
+    """The same tokens all the way up: whose computation it was does not matter."""
+    cache = PrefixCache(4, 4)
+    tokens = list(range(12))
+    blocks = fill(cache, tokens)
+    cache.pool.release(blocks)
+    for _ in range(3):
+        cache.pool.allocate()  # the free one, then the first two
+    cache.pool.release(blocks[:2])
+    again = fill(cache, tokens[:8])
+    assert cache.lookup(keys_of(tokens), tokens) == [*again, blocks[2]]
+    assert cache.collisions == 0
+    cache.check()
 
 
 def test_blocks_of_a_chain_share_an_event_and_a_fork_starts_a_new_one() -> None:

@@ -1,0 +1,144 @@
+"""README's tables and plots, from the reports beside it: `python -m benchmarks.readme FILE.json ...` writes them anew.
+
+Each report has a section of its own, between two marks that carry its name, and a plot beside the JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from benchmarks.index_plan import ORDERS
+from benchmarks.report import goal_text, number
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+RESULTS = ROOT / "benchmarks" / "results"
+
+Report = dict[str, Any]
+Rows = dict[str, dict[str, Any]]
+
+BLOCKS = (32, 128, 512, 4_096)
+HOLDERS = (8, 64, 256)
+ALONE = (
+    *(f"hash {tokens}{form}" for tokens in (8_192, 131_072) for form in ("", " list")),
+    *(f"match {quantile} 96 {size}" for size in ("1M", "10M") for quantile in ("p50", "p99")),
+    *(f"{what} {size}" for size in ("1M W64", "10M W64") for what in ("bytes per entry",)),
+    *(f"drop one of 64 at {size}{what}" for size in ("1M", "10M") for what in ("", " lookup gap")),
+    *("threads 1 reader", "threads 2 readers lookups", "threads 2 readers", "threads 2 readers p99 512"),
+    *("view store W64 E16", "view remove W64 E16"),
+    *("limit independent random reads", "limit dependent random read", "limit empty call len(tree)"),
+    *("limit match of no blocks", "limit match_many 512 full H8"),
+    *(f"limit match p50 {blocks} full H8" for blocks in BLOCKS),
+)
+
+
+def index_section(report: Report) -> str:
+    """The index's figures: machine, stores and removals, matches, and all else."""
+    rows: Rows = {row["what"]: row for row in report["rows"]}
+    judged = [row for row in rows.values() if row["met"] is not None]
+    parts = [_measured_on(report), _events(rows), _matches(rows), _alone(rows)]
+    if judged:
+        met = sum(row["met"] for row in judged)
+        parts.append(f"Of {len(judged)} rows with a goal, {met} meet it. `benchmarks/results/index.json` has all rows.")
+    parts.append("![p50 match latency against depth](benchmarks/results/index.png)")
+    return "\n\n".join(parts)
+
+
+SECTIONS: dict[str, Callable[[Report], str]] = {"index": index_section}
+
+
+def with_section(readme: str, report: Report) -> str:
+    """A README with the report's section replaced. Raises ValueError where its marks are not."""
+    name = report["name"]
+    start, end = f"<!-- {name} speed -->\n", f"<!-- end of {name} speed -->\n"
+    before, found, rest = readme.partition(start)
+    _, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"README.md has no {start.strip()} … {end.strip()}")
+    return f"{before}{start}\n{SECTIONS[name](report)}\n\n{end}{after}"
+
+
+def _measured_on(report: Report) -> str:
+    machine = report["machine"]
+    peers = sorted({row["peer_name"] for row in report["rows"] if row["peer_name"]})
+    kind = "a `--quick` run: few repeats" if machine["quick"] else "the full run"
+    return (
+        f"Measured in {kind}, on {machine['cores']} cores of {machine['cpu']} ({machine['caches']}), Python "
+        f"{machine['python']}, {machine['index']} core. Cells are ours / the peer's = times better, medians. "
+        f"The peer: {' and '.join(peers) or 'not installed'}."
+    )
+
+
+def _events(rows: Rows) -> str:
+    columns = ("1M W8", "1M W64", "1M W256", "10M W64")
+    kinds = [("store", ""), *(("remove", f" {order}") for order in ORDERS)]
+    lines = [
+        (f"{kind}{order}, events of {blocks}", [f"{kind} {column} E{blocks}{order}" for column in columns])
+        for kind, order in kinds
+        for blocks in (1, 16, 64)
+    ]
+    orders = "; ".join(f"{order}: {what}" for order, what in ORDERS.items())
+    return f"{_grid('M blocks/s', columns, lines, rows)}\n\nRemovals, {orders}."
+
+
+def _matches(rows: Rows) -> str:
+    kinds = [(kind, quantile) for kind in ("full", "half", "none") for quantile in ("p50", "p99")]
+    lines = [
+        (f"{blocks} blocks, {holders} holders", [f"match {q} {blocks} {kind} H{holders}" for kind, q in kinds])
+        for blocks in BLOCKS
+        for holders in HOLDERS
+    ]
+    return _grid("match, us", [f"{kind} {quantile}" for kind, quantile in kinds], lines, rows)
+
+
+def _grid(corner: str, columns: Sequence[str], lines: Iterable[tuple[str, list[str]]], rows: Rows) -> str:
+    """A table of cells; lines and columns of which nothing was measured are left out."""
+    kept = [(label, names) for label, names in lines if any(name in rows for name in names)]
+    used = [at for at in range(len(columns)) if any(names[at] in rows for _, names in kept)]
+    table = [f"| {corner} | {' | '.join(columns[at] for at in used)} |", "| --- " * (len(used) + 1) + "|"]
+    table += [f"| {label} | {' | '.join(_cell(rows.get(names[at])) for at in used)} |" for label, names in kept]
+    return "\n".join(table)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    cell = number(row["ours"])
+    if row["peer"] is not None:
+        cell += f" / {number(row['peer'])} = {number(row['ratio'])}x"
+    return cell + (f", goal {goal_text(row)} missed" if row["met"] is False else "")
+
+
+def _alone(rows: Rows) -> str:
+    table = ["| what | unit | ours | peer | ratio | goal | |", "| --- " * 7 + "|"]
+    for row in (rows[what] for what in ALONE if what in rows):
+        goal = goal_text(row) + {None: "", True: ", met", False: ", missed"}[row["met"]]
+        ratio = f"{number(row['ratio'])}x" if row["ratio"] is not None else ""
+        figures = f"{number(row['ours'])} | {number(row['peer'])} | {ratio} | {goal}"
+        table.append(f"| {row['what']} | {row['unit']} | {figures} | {row['note']} |")
+    return "\n".join(table)
+
+
+def main() -> int:
+    """The command."""
+    parser = argparse.ArgumentParser("python -m benchmarks.readme", description="README's tables and plots from JSON.")
+    parser.add_argument("files", type=Path, nargs="*", default=sorted(RESULTS.glob("*.json")), metavar="FILE.json")
+    for path in parser.parse_args().files:
+        report = json.loads(path.read_text())
+        README.write_text(with_section(README.read_text(), report))
+        try:
+            from benchmarks.plots import PLOTS
+        except ImportError:
+            print("no plot: pip install matplotlib", file=sys.stderr)
+        else:
+            PLOTS[report["name"]](report, path.with_suffix(".png"))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+// Memory that grows and shrinks in place.
+#pragma once
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+#include <vector>
+
+namespace radix {
+
+#define RADIX_INLINE __attribute__((always_inline)) inline
+
+// An array of zeros over reserved address space: addresses never change, nothing is copied as it fills up, and pages
+// cost memory only once they are written to.
+template <class T> class Region {
+  public:
+    explicit Region(size_t capacity) : bytes_((capacity * sizeof(T) + PAGE - 1) / PAGE * PAGE) {
+        void *at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (at == MAP_FAILED) throw std::bad_alloc();
+        items_ = static_cast<T *>(at);
+#ifdef MADV_HUGEPAGE
+        // Probes are random: with small pages each would miss the TLB, too. Small trees stay small.
+        if (bytes_ > HUGE) madvise(static_cast<char *>(at) + HUGE, bytes_ - HUGE, MADV_HUGEPAGE);
+#endif
+    }
+    ~Region() { munmap(items_, bytes_); }
+    Region(const Region &) = delete;
+    Region &operator=(const Region &) = delete;
+
+    T &operator[](size_t i) { return items_[i]; }
+    const T &operator[](size_t i) const { return items_[i]; }
+    // Whether items below `end` have their pages; `commit` sees to it. The first touch of a page may take milliseconds,
+    // which nobody should have to wait for.
+    bool committed(size_t end) const { return std::min(end * sizeof(T), bytes_) <= committed_; }
+    void commit(size_t end) {
+        for (; !committed(end); committed_ += PAGE) __atomic_fetch_or(bytes() + committed_, 0, __ATOMIC_RELAXED);
+    }
+    // Give the pages of items [from, to) back; what is left of them is zeros.
+    void release(size_t from, size_t to) {
+        const size_t start = (from * sizeof(T) + HUGE - 1) / HUGE * HUGE;
+        const size_t end = std::min(to * sizeof(T), bytes_) / HUGE * HUGE;
+        if (start >= end) return;
+        madvise(bytes() + start, end - start, MADV_DONTNEED);
+        committed_ = std::min(committed_, start);
+    }
+
+  private:
+    static constexpr size_t PAGE = 4096, HUGE = 2 << 20;
+    char *bytes() { return reinterpret_cast<char *>(items_); }
+    T *items_;
+    size_t bytes_, committed_ = 0;
+};
+
+// A set of integers that knows its least member: a bit each, and a tree of bits over the words.
+class LeastSet {
+  public:
+    explicit LeastSet(size_t capacity) {
+        do levels_.emplace_back(new Region<uint64_t>(capacity = (capacity + 63) / 64));
+        while (capacity > 1);
+    }
+    bool contains(uint32_t item) const { return (*levels_[0])[item / 64] >> item % 64 & 1; }
+    size_t size() const { return size_; }
+    void insert(uint32_t item) {
+        size_++;
+        for (auto &level : levels_) {
+            uint64_t &word = (*level)[item / 64];
+            const bool was_empty = !word;
+            word |= uint64_t(1) << item % 64;
+            if (!was_empty) return;
+            item /= 64;
+        }
+    }
+    void erase(uint32_t item) {
+        size_--;
+        for (auto &level : levels_) {
+            uint64_t &word = (*level)[item / 64];
+            word &= ~(uint64_t(1) << item % 64);
+            if (word) return;
+            item /= 64;
+        }
+    }
+    uint32_t least() const {  // of a set that is not empty
+        uint32_t item = 0;
+        for (size_t level = levels_.size(); level-- > 0;)
+            item = item * 64 + static_cast<uint32_t>(std::countr_zero((*levels_[level])[item]));
+        return item;
+    }
+
+  private:
+    std::vector<std::unique_ptr<Region<uint64_t>>> levels_;
+    size_t size_ = 0;
+};
+
+}  // namespace radix

@@ -1,0 +1,328 @@
+// What changes the tree.
+#include "tree.hpp"
+
+namespace radix {
+
+Tree::Tree(uint64_t max_blocks, uint64_t max_blocks_per_worker, uint64_t seed)
+    : max_blocks_(max_blocks), max_blocks_per_worker_(max_blocks_per_worker),
+      capacity_(2 * max_blocks),  // a held block may bring one that is not: its parent
+      hashes_(capacity_), set_(capacity_), parents_(capacity_), children_(capacity_), free_(capacity_),
+      table_(hashes_, capacity_, seed), sets_(capacity_, ~seed) {}
+
+// All the cache misses of a step at once. Inline: GCC takes a function that only prefetches for one without effect.
+RADIX_INLINE void Tree::prefetch(const uint64_t *hashes, size_t count) const {
+    if (count < 2) return;
+    for (size_t i = 0; i < count; i++) table_.prefetch(table_.place(hashes[i]));
+    for (size_t i = 0; i < count; i++) {
+        const uint32_t id = table_.guess(table_.place(hashes[i]));
+        if (id == NONE) continue;
+        __builtin_prefetch(&hashes_[id]);
+        __builtin_prefetch(&set_[id]);
+        __builtin_prefetch(&parents_[id]);
+        children_.prefetch(id);
+    }
+}
+
+size_t Tree::store(uint32_t number, const uint64_t *hashes, size_t count, uint64_t parent, int tier) {
+    commit(std::min(STEP, count));
+    std::lock_guard<TreeLock> lock(lock_);
+    Worker &worker = this->worker(number);
+    uint32_t above = parent == ROOT_HASH ? ROOT : find(parent);
+    size_t stored = 0;
+    for (size_t i = 0; i < count; parent = hashes[i++]) {
+        if (i % STEP == 0) {
+            if (i) step(std::min(STEP, count - i));
+            prefetch(hashes + i, std::min(STEP, count - i));
+        }
+        uint32_t id = find(hashes[i]);
+        const uint32_t mask = id == NONE ? 0 : sets_.mask(set_[id], number);
+        const bool full = worker.count >= max_blocks_per_worker_ || entries_ >= max_blocks_;
+        if (!mask && full) {
+            worker.refused++;
+        } else if (!(mask >> tier & 1)) {
+            if (!mask) {
+                id = place(worker, id, hashes[i], above, parent);
+                worker.first = std::min(worker.first, id);
+                worker.last = std::max(worker.last, id);
+                worker.count++;
+                entries_++;
+            }
+            change(number, worker, id, mask, mask | 1u << tier);
+            count_digest(worker, hashes[i], tier, true);
+            stored++;
+        }
+        above = id;
+    }
+    return stored;
+}
+
+size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int tier) {
+    std::lock_guard<TreeLock> lock(lock_);
+    if (number >= workers_.size()) return 0;
+    Worker &worker = workers_[number];
+    size_t removed = 0;
+    for (size_t i = 0; i < count; i++) {
+        if (i % STEP == 0) {
+            if (i) step(0);
+            prefetch(hashes + i, std::min(STEP, count - i));
+        }
+        const uint32_t id = find(hashes[i]);
+        const uint32_t mask = id == NONE ? 0 : sets_.mask(set_[id], number);
+        if (!(mask >> tier & 1)) continue;
+        const uint32_t left = mask & ~(1u << tier);
+        change(number, worker, id, mask, left);
+        count_digest(worker, hashes[i], tier, false);
+        removed++;
+        if (left) continue;
+        entries_--;
+        if (!--worker.count) {
+            worker.irregular = false;
+            states_[number] = CLEAN;
+        }
+        if (set_[id] == EMPTY) {
+            vacate(id);
+            compact();
+        }
+    }
+    return removed;
+}
+
+size_t Tree::clear(uint32_t number) {
+    std::lock_guard<TreeLock> lock(lock_);
+    if (number >= workers_.size()) return 0;
+    const Worker gone = workers_[number];
+    workers_[number] = {};
+    entries_ -= gone.count;
+    states_[number] = LEAVING;
+    enum : uint8_t { UNKNOWN, WITHOUT, WITH };
+    std::vector<uint8_t> sets(sets_.size());
+    std::vector<uint32_t> ids;
+    for (uint32_t start = gone.first; gone.count && start <= gone.last && start < top_; start += SLICE) {
+        const uint32_t end = static_cast<uint32_t>(std::min<size_t>({top_, gone.last + size_t(1), start + SLICE}));
+        ids.clear();
+        for (uint32_t id = start; id < end; id++) {
+            uint8_t &has = sets[set_[id]];
+            if (has == UNKNOWN) has = sets_.mask(set_[id], number) ? WITH : WITHOUT;
+            if (has == WITH) ids.push_back(id);
+        }
+        for (size_t i = 0; i < ids.size(); i++) {
+            if (i % STEP == 0) {
+                step(0);
+                for (size_t ahead = i; ahead < std::min(ids.size(), i + STEP); ahead++)
+                    table_.prefetch(table_.place(hashes_[ids[ahead]]));
+            }
+            const uint32_t set = sets_.with(set_[ids[i]], number, 0);
+            if (set >= sets.size()) sets.resize(set + 1);
+            sets[set] = WITHOUT;  // the number may have been another set's
+            give_set(ids[i], set);
+            if (set == EMPTY) vacate(ids[i]);
+        }
+        step(0);
+    }
+    states_[number] = CLEAN;
+    return gone.count;
+}
+
+void Tree::apply(uint32_t number, const Changes &changes) {
+    for (size_t i = 0, start = 0; i < changes.kinds.size(); start = changes.ends[i++]) {
+        const uint64_t *hashes = changes.hashes.data() + start;
+        const size_t count = changes.ends[i] - start;
+        switch (changes.kinds[i]) {
+            case STORE: store(number, hashes, count, changes.parents[i], changes.tiers[i]); break;
+            case REMOVE: remove(number, hashes, count, changes.tiers[i]); break;
+            default: clear(number);
+        }
+    }
+}
+
+// Let readers in, and have the memory for what the next step stores before they are shut out.
+void Tree::step(size_t blocks) {
+    lock_.unlock();
+    commit(blocks);
+    lock_.let_in();
+    lock_.lock();
+}
+
+bool Tree::committed(size_t blocks) const {
+    const size_t end = top_ + 2 * blocks;  // a block may bring one more: its parent
+    return hashes_.committed(end) && set_.committed(end) && parents_.committed(end) && children_.committed(end) &&
+           table_.committed(2 * blocks);
+}
+
+void Tree::commit(size_t blocks) {
+    const size_t end = top_ + 2 * blocks;
+    hashes_.commit(end);
+    set_.commit(end);
+    parents_.commit(end);
+    children_.commit(end);
+    table_.commit(2 * blocks);
+}
+
+Tree::Worker &Tree::worker(uint32_t number) {
+    if (number >= workers_.size()) {
+        workers_.resize(number + 1);
+        states_.resize(number + 1);
+    }
+    return workers_[number];
+}
+
+// The node of a block that `worker` is about to hold: below `above`, whose hash is `parent`, if it is new.
+uint32_t Tree::place(Worker &worker, uint32_t id, uint64_t hash, uint32_t above, uint64_t parent) {
+    if (id != NONE && set_[id] != EMPTY) {
+        if (parents_[id] != above) worker.irregular = true;
+        return id;
+    }
+    if (id == NONE) id = make_node(hash);
+    if (above == NONE) above = find(parent);
+    if (above == NONE) above = make_node(parent);  // nobody holds it: it is there for its children
+    parents_[id] = above;
+    if (above < ROOT) children_.add(above, id);
+    return id;
+}
+
+uint32_t Tree::make_node(uint64_t hash) {
+    uint32_t id = top_;
+    if (free_.size()) free_.erase(id = free_.least());
+    else peak_ = std::max(peak_, ++top_);
+    hashes_[id] = hash;
+    set_[id] = EMPTY;
+    parents_[id] = NONE;
+    table_.insert(table_.place(hash), id);
+    return id;
+}
+
+void Tree::free_node(uint32_t id) {
+    table_.erase(table_.place(hashes_[id]), id);
+    leave_id(id);
+}
+
+void Tree::leave_id(uint32_t id) {
+    set_[id] = EMPTY;
+    parents_[id] = NONE;
+    free_.insert(id);
+    while (top_ && free_.contains(top_ - 1)) free_.erase(--top_);
+    if (peak_ - top_ < KEPT) return;
+    hashes_.release(top_, peak_);
+    set_.release(top_, peak_);
+    parents_.release(top_, peak_);
+    children_.release(top_, peak_);
+    peak_ = top_;
+}
+
+// Nobody holds the block any more. Its node stays while it has children.
+void Tree::vacate(uint32_t id) {
+    const uint32_t parent = parents_[id];
+    parents_[id] = NONE;
+    if (parent < ROOT) {
+        children_.remove(parent, id);
+        if (parent != id && set_[parent] == EMPTY && children_.empty(parent)) free_node(parent);
+    }
+    if (children_.empty(id)) free_node(id);
+}
+
+// Move the last nodes into holes, a few at a time, so that memory goes back when blocks have gone in any order.
+void Tree::compact() {
+    for (int moves = 0; moves < 4 && free_.size() > KEPT && free_.size() * 3 > top_; moves++) {
+        const uint32_t from = top_ - 1, to = free_.least();
+        if (children_.size(from) > STEP) return;  // too much for one step
+        free_.erase(to);
+        hashes_[to] = hashes_[from];
+        set_[to] = set_[from];
+        table_.rename(table_.place(hashes_[from]), from, to);
+        children_.move(from, to);
+        children_.for_each(to, [&](uint32_t child) { parents_[child] = to; });
+        const uint32_t parent = parents_[from] == from ? to : parents_[from];
+        parents_[to] = parent;
+        if (parent < ROOT) {
+            children_.remove(parent, from);
+            children_.add(parent, to);
+        }
+        for (const uint32_t member : sets_.members(set_[to])) {
+            Worker &worker = workers_[member >> TIERS];
+            worker.first = std::min(worker.first, to);
+        }
+        leave_id(from);
+    }
+}
+
+void Tree::give_set(uint32_t id, uint32_t set) {
+    sets_.hold(set);
+    sets_.drop(set_[id]);
+    set_[id] = set;
+}
+
+// The tiers in which a worker holds a block change from `mask` to `now`. Keeps count of its orphans: a worker that has
+// none, at a level, holds all that is above any block that it holds.
+void Tree::change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, uint32_t now) {
+    const uint32_t gained = levels(now) & ~levels(mask), lost = levels(mask) & ~levels(now);
+    const bool orphaned = worker.orphans[TIERS - 1] || worker.orphans[0] || worker.orphans[1];
+    auto count = [&](uint32_t bits, int by) {
+        for (int level = 0; bits >> level; level++) worker.orphans[level] += (bits >> level & 1) * by;
+    };
+    if (parents_[id] != id && (gained || orphaned))
+        count((gained | lost) & ~levels_at(parents_[id], number), gained ? 1 : -1);
+    if (lost || (gained && orphaned))
+        children_.for_each(id, [&](uint32_t child) {
+            if (child != id) count((gained | lost) & levels_at(child, number), gained ? -1 : 1);
+        });
+    give_set(id, sets_.with(set_[id], number, now));
+    const bool holes = worker.irregular || worker.orphans[0] || worker.orphans[1] || worker.orphans[TIERS - 1];
+    states_[number] = holes ? HOLES : CLEAN;
+}
+
+void Tree::count_digest(Worker &worker, uint64_t hash, int tier, bool add) {
+    hash ^= TIER_SALTS[tier];
+    const uint64_t sign = add ? 1 : -1;
+    worker.digest[0] += sign * mix(hash + 0x9E3779B97F4A7C15u);
+    worker.digest[1] += sign * mix(hash + 0xD1B54A32D192ED03u);
+}
+
+void Tree::check() {
+    auto must = [](bool holds, const char *what) {
+        if (!holds) throw std::logic_error(what);
+    };
+    std::vector<uint32_t> blocks(sets_.size());
+    std::vector<Worker> workers(workers_.size());
+    size_t entries = 0, children = 0, linked = 0, ids = 0;
+    for (uint32_t id = 0; id < top_; id++) {
+        const uint32_t set = set_[id], parent = parents_[id];
+        if (free_.contains(id)) {
+            must(set == EMPTY && parent == NONE && children_.empty(id), "a free node is blank");
+            continue;
+        }
+        ids++;
+        must(find(hashes_[id]) == id, "a node is found by its hash");
+        must((set == EMPTY) == (parent == NONE), "a held block has a parent, another has none");
+        must(set != EMPTY || !children_.empty(id), "a block that nobody holds has children");
+        children_.for_each(id, [&](uint32_t child) {
+            must(child < top_ && parents_[child] == id, "a child's parent is the one that has it");
+            children++;
+        });
+        linked += parent < ROOT;
+        blocks[set]++;
+        for (const uint32_t member : sets_.members(set)) {
+            Worker &worker = workers.at(member >> TIERS);
+            worker.count++;
+            entries++;
+            must(workers_[member >> TIERS].first <= id && id <= workers_[member >> TIERS].last, "a worker's range");
+            for (int tier = 0; tier < TIERS; tier++) {
+                if (member >> tier & 1) count_digest(worker, hashes_[id], tier, true);
+                const uint32_t above = parent == id ? 7 : levels_at(parent, member >> TIERS);
+                worker.orphans[tier] += (levels(member & TIER_MASK) & ~above) >> tier & 1;
+            }
+        }
+    }
+    must(entries == entries_, "the number of entries");
+    must(children == linked, "each linked block is a child");
+    must(free_.size() + ids == top_ && (!top_ || !free_.contains(top_ - 1)), "ids are in use or free");
+    for (uint32_t set = 1; set < sets_.size(); set++) must(blocks[set] == sets_.blocks(set), "a set's blocks");
+    for (uint32_t number = 0; number < workers_.size(); number++) {
+        const Worker &is = workers_[number], &should = workers[number];
+        must(is.count == should.count && is.digest == should.digest, "a worker's count and digest");
+        must(is.orphans == should.orphans, "a worker's orphans");
+        const bool holes = is.irregular || is.orphans != std::array<uint32_t, TIERS>{};
+        must(states_[number] == (holes ? HOLES : CLEAN), "a worker's state");
+    }
+}
+
+}  // namespace radix

@@ -1,0 +1,138 @@
+// The prefix tree: radix.tree.PrefixTree. README.md beside this file describes the layout.
+#pragma once
+#include <array>
+#include <atomic>
+#include <mutex>
+#include <stdexcept>
+#include <vector>
+
+#include "changes.hpp"
+#include "children.hpp"
+#include "holders.hpp"
+#include "lock.hpp"
+#include "memory.hpp"
+#include "table.hpp"
+
+namespace radix {
+
+constexpr uint64_t ROOT_HASH = 0;
+constexpr uint32_t MAX_WORKERS = 65536;
+constexpr size_t HEAT_WINDOW = 4096;
+constexpr uint64_t DEFAULT_MAX_BLOCKS = 1 << 26, DEFAULT_MAX_BLOCKS_PER_WORKER = 1 << 24, LARGEST_MAX_BLOCKS = 1 << 29;
+constexpr uint64_t TIER_SALTS[TIERS] = {0, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB};  // radix.digest
+
+using Digest = std::array<uint64_t, 2>;
+
+struct Matched {  // rows of `count`: workers, then their depth within the device, device and host, all tiers
+    std::vector<uint32_t> rows;
+    size_t count = 0;
+    const uint32_t *depths(int tier) const { return rows.data() + (1 + tier) * count; }
+};
+
+struct Dumped {
+    std::vector<uint64_t> hashes, parents;
+    std::vector<uint32_t> holder_sets, set_ends, members;
+};
+
+struct Hot {
+    uint64_t hash;
+    uint32_t depth, hits;
+};
+
+class Tree {
+  public:
+    Tree(uint64_t max_blocks, uint64_t max_blocks_per_worker, uint64_t seed);
+
+    // Writers: in one's turn.
+    std::mutex &turn() { return lock_.turn; }
+    bool committed(size_t blocks) const;  // or storing them has to wait for memory
+    size_t store(uint32_t number, const uint64_t *hashes, size_t count, uint64_t parent, int tier);
+    size_t remove(uint32_t number, const uint64_t *hashes, size_t count, int tier);
+    size_t clear(uint32_t number);
+    void apply(uint32_t number, const Changes &changes);
+
+    // Readers.
+    Matched match(const uint64_t *hashes, size_t count) const;
+    Digest digest(uint32_t number) const;
+    size_t count(uint32_t number) const;
+    size_t refused(uint32_t number) const;
+    size_t room(uint32_t number) const;
+    size_t size() const;
+    std::vector<uint64_t> blocks(uint32_t number) const;
+    std::vector<uint32_t> holders(uint64_t hash) const;
+    std::vector<uint64_t> children(uint64_t hash) const;
+    std::vector<Hot> hottest(size_t limit) const;
+    Dumped dump();  // in one's turn
+    void check();   // in one's turn; throws std::logic_error
+
+  private:
+    static constexpr uint32_t ROOT = NONE - 1;  // the parent of first blocks; NONE: of blocks that nobody holds
+    static constexpr uint32_t EMPTY = HolderSets::EMPTY;
+    static constexpr size_t STEP = 128;         // blocks between two looks at who waits
+    static constexpr size_t SLICE = 1 << 14;    // nodes, in scans
+    static constexpr size_t KEPT = 1 << 16;     // free nodes that are not given back
+    static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
+    enum State : uint8_t { CLEAN = 0, HOLES = 1, LEAVING = 2 };
+
+    struct Worker {
+        Digest digest{};
+        uint64_t refused = 0;
+        uint32_t count = 0;
+        uint32_t first = NONE, last = 0;           // all its nodes are between these
+        std::array<uint32_t, TIERS> orphans{};     // blocks whose parent it does not hold, by level
+        bool irregular = false;                    // has stored a block under another parent than the block has
+    };
+    struct Point {
+        uint32_t at, set;
+    };
+    using Points = std::vector<Point>;
+
+    // A block in a tier counts for that level and those below it: "device", "device or host", "any".
+    static uint32_t levels(uint32_t mask) { return mask & 1 ? 7 : mask & 2 ? 6 : mask & 4; }
+    static uint64_t mix(uint64_t x) {
+        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
+        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
+        return x ^ x >> 31;
+    }
+    uint32_t find(uint64_t hash) const { return table_.find(table_.place(hash), hash); }
+    uint32_t levels_at(uint32_t id, uint32_t number) const {
+        return id == ROOT ? 7 : id == NONE ? 0 : levels(sets_.mask(set_[id], number));
+    }
+
+    void step(size_t blocks);
+    void commit(size_t blocks);
+    Worker &worker(uint32_t number);
+    uint32_t place(Worker &worker, uint32_t id, uint64_t hash, uint32_t above, uint64_t parent);
+    uint32_t make_node(uint64_t hash);
+    void free_node(uint32_t id);
+    void leave_id(uint32_t id);
+    void vacate(uint32_t id);
+    void compact();
+    void give_set(uint32_t id, uint32_t set);
+    void change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, uint32_t now);
+    static void count_digest(Worker &worker, uint64_t hash, int tier, bool add);
+    void prefetch(const uint64_t *hashes, size_t count) const;
+
+    void probe(const uint64_t *hashes, Point *points, size_t count) const;
+    void search(const uint64_t *hashes, size_t count, Points &points) const;
+    void rescan(const uint64_t *hashes, size_t count, const std::vector<uint32_t> &rows, Matched &matched) const;
+    template <class Do> void scan(Do act) const;
+
+    const uint64_t max_blocks_, max_blocks_per_worker_;
+    const size_t capacity_;
+    Region<uint64_t> hashes_;
+    Region<uint32_t> set_, parents_;
+    Children children_;
+    LeastSet free_;
+    uint32_t top_ = 0, peak_ = 0;  // ids in use are below top_; pages up to peak_ may be in use
+    Table table_;
+    HolderSets sets_;
+    std::vector<Worker> workers_;
+    std::vector<uint8_t> states_;
+    uint64_t entries_ = 0;
+    mutable TreeLock lock_;
+    mutable std::array<std::atomic<uint64_t>, HEAT_WINDOW> recent_{};
+    mutable std::atomic<uint64_t> matches_{0};
+};
+
+}  // namespace radix
