@@ -229,9 +229,9 @@ async def serve_until_stopped(serving: AbstractAsyncContextManager[str], *, supe
             if supervised:
                 print(json.dumps({"address": address}), flush=True)
             else:
-                announce_core()
                 if not fleet_secret():
                     _log.info("no %s: nothing is signed, and block keys are made from public names", SECRET_VARIABLE)
+                announce_core()
                 _log.info("serving on %s", address)
             await asyncio.Event().wait()
 

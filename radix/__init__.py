@@ -13,7 +13,7 @@ def make_tree(
     max_blocks: int = DEFAULT_MAX_BLOCKS, max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER
 ) -> PrefixTree:
     """An empty tree of the backend that runs, with these caps on (worker, block) entries: ValueError out of range."""
-    if native is not None and hasattr(native, "NativeTree"):
+    if native is not None:
         tree: PrefixTree = native.NativeTree(max_blocks, max_blocks_per_worker)
         return tree
     return ReferenceTree(max_blocks, max_blocks_per_worker)

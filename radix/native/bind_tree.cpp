@@ -55,27 +55,37 @@ template <class Act> auto write(Tree &tree, size_t blocks, Act act) {
     return act();
 }
 
-Changes as_changes(nb::handle value) {  // of Python columns, all checked
-    const ArrayArgument<uint8_t> kinds(value.attr("kinds"), "kinds", "a one-dimensional array of uint8");
-    const ArrayArgument<uint8_t> tiers(value.attr("tiers"), "tiers", "a one-dimensional array of uint8");
-    const HashesArgument parents(value.attr("parents"), "parents", HASHES);
-    const ArrayArgument<uint32_t> ends(value.attr("ends"), "ends", "a one-dimensional array of uint32");
-    const HashesArgument hashes(value.attr("hashes"), "hashes", HASHES);
-    const size_t rows = kinds.size();
-    if (tiers.size() != rows || parents.size() != rows || ends.size() != rows)
-        throw nb::value_error("kinds, tiers, parents and ends differ in length");
-    size_t start = 0;
-    for (size_t i = 0; i < rows; start = ends.data()[i++]) {
-        check_range("kind", kinds.data()[i], STORE, CLEAR);
-        check_range("tier", tiers.data()[i], 0, TIERS - 1);
-        check_range("end", ends.data()[i], static_cast<int64_t>(start), hashes.size());
-        if (kinds.data()[i] == STORE) check_stored(hashes.data() + start, ends.data()[i] - start);
+class Columns {  // of Python changes, all checked
+  public:
+    explicit Columns(nb::handle value)
+        : kinds_(value.attr("kinds"), "kinds", BYTES), tiers_(value.attr("tiers"), "tiers", BYTES),
+          parents_(value.attr("parents"), "parents", HASHES),
+          ends_(value.attr("ends"), "ends", "a one-dimensional array of uint32"),
+          hashes_(value.attr("hashes"), "hashes", HASHES),
+          changes{kinds_.span(), tiers_.span(), parents_.span(), ends_.span(), hashes_.span()} {
+        const size_t rows = changes.kinds.size();
+        if (changes.tiers.size() != rows || changes.parents.size() != rows || changes.ends.size() != rows)
+            throw nb::value_error("kinds, tiers, parents and ends differ in length");
+        size_t start = 0;
+        for (size_t i = 0; i < rows; start = changes.ends[i++]) {
+            check_range("kind", changes.kinds[i], STORE, CLEAR);
+            check_range("tier", changes.tiers[i], 0, TIERS - 1);
+            check_range("end", changes.ends[i], static_cast<int64_t>(start), changes.hashes.size());
+            if (changes.kinds[i] == STORE) check_stored(changes.hashes.data() + start, changes.ends[i] - start);
+        }
+        if (start != changes.hashes.size()) throw nb::value_error("hashes go on after the last end");
     }
-    if (start != hashes.size()) throw nb::value_error("hashes go on after the last end");
-    return {{kinds.data(), kinds.data() + rows}, {tiers.data(), tiers.data() + rows},
-            {parents.data(), parents.data() + rows}, {ends.data(), ends.data() + rows},
-            {hashes.data(), hashes.data() + hashes.size()}};
-}
+
+  private:
+    static constexpr const char *BYTES = "a one-dimensional array of uint8";
+    const ArrayArgument<uint8_t> kinds_, tiers_;
+    const HashesArgument parents_;
+    const ArrayArgument<uint32_t> ends_;
+    const HashesArgument hashes_;
+
+  public:
+    const Changes changes;
+};
 
 nb::object as_dict(const Matched &matched) {
     nb::object dict = nb::steal(PyDict_New());
@@ -152,8 +162,8 @@ void bind_tree(nb::module_ &module) {
         }, nb::arg("worker"), nb::arg("changes"))
         .def("apply", [](Tree &tree, int64_t worker, nb::object columns) {
             const uint32_t number = check_worker(worker);
-            const Changes changes = as_changes(columns);
-            write(tree, changes.hashes.size(), [&] { return tree.apply(number, changes); });
+            const Columns checked(columns);
+            write(tree, checked.changes.hashes.size(), [&] { return tree.apply(number, checked.changes); });
         }, nb::arg("worker"), nb::arg("changes"))
         .def("match", [](const Tree &tree, nb::handle hashes) {
             const HashesArgument blocks(hashes, "hashes", HASHES);
@@ -185,10 +195,12 @@ void bind_tree(nb::module_ &module) {
         }, nb::arg("block_hash"))
         .def("hottest", [](const Tree &tree, int64_t limit) {
             check_range("limit", limit, 0, HEAT_WINDOW);
-            const nb::object prefix = nb::module_::import_("radix.tree").attr("HotPrefix");
-            nb::list hottest;
-            for (const Hot &hot : tree.hottest(limit)) hottest.append(prefix(hot.hash, hot.depth, hot.hits));
-            return hottest;
+            nb::list records;
+            nb::dict parents;
+            const Heat heat = tree.heat();
+            for (const uint64_t record : heat.records) records.append(record);
+            for (const auto &[block, parent] : heat.parents) parents[nb::int_(block)] = parent;
+            return nb::module_::import_("radix.heat").attr("hottest")(records, parents, limit);
         }, nb::arg("limit"))
         .def("dump", [](Tree &tree) {
             const Dumped all = write(tree, LONG, [&] { return tree.dump(); });

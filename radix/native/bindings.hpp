@@ -10,6 +10,7 @@
 #include <numpy/arrayobject.h>
 
 #include <cstdint>
+#include <span>
 #include <string>
 
 namespace radix {
@@ -47,6 +48,7 @@ template <class T> class ArrayArgument {
     }
     const T *data() const { return data_; }
     size_t size() const { return size_; }
+    std::span<const T> span() const { return {data_, size_}; }
 
   private:
     nb::object owner_;

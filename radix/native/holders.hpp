@@ -3,7 +3,7 @@
 // A member is a worker and the tiers in which it holds the block: worker << TIERS | bit mask. Members are ascending.
 #pragma once
 #include <algorithm>
-#include <deque>
+#include <span>
 #include <vector>
 
 #include "changes.hpp"
@@ -11,23 +11,25 @@
 
 namespace radix {
 
-using Members = std::vector<uint32_t>;
+using Members = std::span<const uint32_t>;
 constexpr uint32_t TIER_MASK = (1u << TIERS) - 1;
 
 class HolderSets {
   public:
     static constexpr uint32_t EMPTY = 0;
 
-    HolderSets(size_t capacity, uint64_t seed) : contents_(capacity), index_(contents_, capacity, seed) {
-        sets_.emplace_back();
+    HolderSets(size_t capacity, uint64_t seed)
+        : sets_(capacity + 1), contents_(capacity + 1), index_(contents_, capacity, seed) {}
+    ~HolderSets() {
+        for (uint32_t set = 0; set < size_; set++) delete[] sets_[set].members;
     }
-    const Members &members(uint32_t set) const { return sets_[set].members; }
+    Members members(uint32_t set) const { return {sets_[set].members, sets_[set].count}; }
     uint32_t blocks(uint32_t set) const { return sets_[set].blocks; }
-    size_t size() const { return sets_.size(); }
+    uint32_t size() const { return size_; }  // set numbers are below this
 
     // The tiers in which `worker` is in the set; 0 when it is not.
     uint32_t mask(uint32_t set, uint32_t worker) const {
-        const Members &members = sets_[set].members;
+        const Members members = this->members(set);
         if (members.size() == 1) return members[0] >> TIERS == worker ? members[0] & TIER_MASK : 0;
         const auto at = std::lower_bound(members.begin(), members.end(), worker << TIERS);
         return at != members.end() && *at >> TIERS == worker ? *at & TIER_MASK : 0;
@@ -39,11 +41,11 @@ class HolderSets {
         if (step.member == member && step.from == set && step.from_life == sets_[set].life &&
             step.to_life == sets_[step.to].life)
             return step.to;
-        Members members = sets_[set].members;
-        auto at = std::lower_bound(members.begin(), members.end(), worker << TIERS);
-        if (at != members.end() && *at >> TIERS == worker) at = members.erase(at);
-        if (mask) members.insert(at, member);
-        const uint32_t to = intern(std::move(members));
+        next_.assign(members(set).begin(), members(set).end());
+        auto at = std::lower_bound(next_.begin(), next_.end(), worker << TIERS);
+        if (at != next_.end() && *at >> TIERS == worker) at = next_.erase(at);
+        if (mask) next_.insert(at, member);
+        const uint32_t to = intern(next_);
         step = {member, set, to, sets_[set].life, sets_[to].life};
         return to;
     }
@@ -51,16 +53,17 @@ class HolderSets {
     void drop(uint32_t set) {
         if (--sets_[set].blocks || set == EMPTY) return;
         index_.erase(index_.place(contents_[set]), set);
-        sets_[set].members = {};
-        sets_[set].life++;
+        delete[] sets_[set].members;
+        sets_[set] = {nullptr, 0, 0, sets_[set].life + 1};
         free_.push_back(set);
     }
 
   private:
     struct Set {
-        Members members;
-        uint32_t blocks = 0;  // that have it
-        uint32_t life = 0;    // counts the sets that had this number
+        const uint32_t *members;
+        uint32_t count;
+        uint32_t blocks;  // that have it
+        uint32_t life;    // counts the sets that had this number
     };
     struct Step {  // a change of a set that was made before
         uint32_t member = 0, from = 0, to = 0, from_life = NONE, to_life = NONE;
@@ -71,22 +74,28 @@ class HolderSets {
         uint64_t content = members.size();
         for (const uint32_t member : members) content = index_.place(content ^ member);
         const uint64_t place = index_.place(content);
-        const uint32_t same = index_.find(
-            place, [&](uint32_t id) { return contents_[id] == content && sets_[id].members == members; });
+        const uint32_t same = index_.find(place, [&](uint32_t set) {
+            return contents_[set] == content && std::ranges::equal(this->members(set), members);
+        });
         if (same != NONE) return same;
-        uint32_t set = static_cast<uint32_t>(sets_.size());
-        if (free_.empty()) sets_.emplace_back();
+        uint32_t set = size_;
+        if (free_.empty()) size_++;
         else set = free_.back(), free_.pop_back();
-        sets_[set].members = std::move(members);
+        uint32_t *copy = new uint32_t[members.size()];
+        std::ranges::copy(members, copy);
+        sets_[set].members = copy;
+        sets_[set].count = static_cast<uint32_t>(members.size());
         contents_[set] = content;
         index_.insert(place, set);
         return set;
     }
 
-    std::deque<Set> sets_;
+    Region<Set> sets_;
+    uint32_t size_ = 1;
     std::vector<uint32_t> free_;
     Region<uint64_t> contents_;  // hash of the members
     Table index_;
+    std::vector<uint32_t> next_;  // scratch
     std::vector<Step> memo_ = std::vector<Step>(4096);
 };
 

@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <mutex>
 #include <shared_mutex>
-#include <unordered_map>
 
 #include "tree.hpp"
 
@@ -68,7 +67,7 @@ Matched Tree::match(const uint64_t *hashes, size_t count) const {
     if (!count) return matched;
     Reading reading(lock_);
     search(hashes, count, points);
-    const Members &first = sets_.members(points[0].set);
+    const Members first = sets_.members(points[0].set);
     for (const uint32_t member : first) matched.count += states_[member >> TIERS] != LEAVING;
     if (!matched.count) return matched;
     matched.rows.resize((1 + TIERS) * matched.count);
@@ -197,43 +196,19 @@ std::vector<uint64_t> Tree::children(uint64_t hash) const {
     return found;
 }
 
-std::vector<Hot> Tree::hottest(size_t limit) const {
-    std::unordered_map<uint64_t, uint32_t> ends;
-    for (const auto &hash : recent_)
-        if (const uint64_t end = hash.load(std::memory_order_relaxed)) ends[end]++;
-    struct Seen {
-        uint32_t depth = 0, hits = 0;
-        uint64_t parent = ROOT_HASH;
-    };
-    std::unordered_map<uint64_t, Seen> seen;
-    std::vector<uint64_t> path;
-    for (const auto &[end, hits] : ends) {
-        path.clear();
+Heat Tree::heat() const {
+    Heat heat;
+    for (const auto &recent : recent_) {
+        const uint64_t end = recent.load(std::memory_order_relaxed);
+        if (end == ROOT_HASH) continue;
+        heat.records.push_back(end);
         Reading reading(lock_);
-        uint32_t mark = NONE, id = find(end);
-        for (; id < ROOT && set_[id] != EMPTY && id != mark; id = parents_[id]) {
-            if (std::has_single_bit(path.size())) mark = id;  // to come here again is to go in a circle
-            path.push_back(hashes_[id]);
-        }
-        if (id == mark) continue;
-        for (size_t i = 0; i < path.size(); i++) {
-            Seen &block = seen[path[i]];
-            block.hits += hits;
-            block.depth = static_cast<uint32_t>(path.size() - i);
-            block.parent = i + 1 < path.size() ? path[i + 1] : ROOT_HASH;
+        for (uint32_t id = find(end), up; id < ROOT && set_[id] != EMPTY; id = up) {
+            up = parents_[id];
+            if (!heat.parents.emplace(hashes_[id], up == ROOT ? ROOT_HASH : hashes_[up]).second) break;
         }
     }
-    std::unordered_map<uint64_t, bool> goes_on;  // to a child with as many hits
-    for (const auto &[hash, block] : seen)
-        if (block.parent != ROOT_HASH && seen[block.parent].hits == block.hits) goes_on[block.parent] = true;
-    std::vector<Hot> hot;
-    for (const auto &[hash, block] : seen)
-        if (!goes_on.count(hash)) hot.push_back({hash, block.depth, block.hits});
-    std::sort(hot.begin(), hot.end(), [](const Hot &a, const Hot &b) {
-        return std::tie(b.hits, b.depth, a.hash) < std::tie(a.hits, a.depth, b.hash);
-    });
-    hot.resize(std::min(limit, hot.size()));
-    return hot;
+    return heat;
 }
 
 Dumped Tree::dump() {

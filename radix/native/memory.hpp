@@ -3,12 +3,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <bit>
 #include <cstddef>
 #include <cstdint>
-#include <memory>
 #include <new>
-#include <vector>
 
 namespace radix {
 
@@ -53,46 +50,6 @@ template <class T> class Region {
     char *bytes() { return reinterpret_cast<char *>(items_); }
     T *items_;
     size_t bytes_, committed_ = 0;
-};
-
-// A set of integers that knows its least member: a bit each, and a tree of bits over the words.
-class LeastSet {
-  public:
-    explicit LeastSet(size_t capacity) {
-        do levels_.emplace_back(new Region<uint64_t>(capacity = (capacity + 63) / 64));
-        while (capacity > 1);
-    }
-    bool contains(uint32_t item) const { return (*levels_[0])[item / 64] >> item % 64 & 1; }
-    size_t size() const { return size_; }
-    void insert(uint32_t item) {
-        size_++;
-        for (auto &level : levels_) {
-            uint64_t &word = (*level)[item / 64];
-            const bool was_empty = !word;
-            word |= uint64_t(1) << item % 64;
-            if (!was_empty) return;
-            item /= 64;
-        }
-    }
-    void erase(uint32_t item) {
-        size_--;
-        for (auto &level : levels_) {
-            uint64_t &word = (*level)[item / 64];
-            word &= ~(uint64_t(1) << item % 64);
-            if (word) return;
-            item /= 64;
-        }
-    }
-    uint32_t least() const {  // of a set that is not empty
-        uint32_t item = 0;
-        for (size_t level = levels_.size(); level-- > 0;)
-            item = item * 64 + static_cast<uint32_t>(std::countr_zero((*levels_[level])[item]));
-        return item;
-    }
-
-  private:
-    std::vector<std::unique_ptr<Region<uint64_t>>> levels_;
-    size_t size_ = 0;
 };
 
 }  // namespace radix

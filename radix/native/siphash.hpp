@@ -24,12 +24,13 @@ struct SipKey {
     uint64_t low, high;
 };
 
-template <class T> RADIX_INLINE inline T rotate_left(T x, int bits) { return (x << bits) | (x >> (64 - bits)); }
+template <class T> RADIX_INLINE inline T rotate_left(const T &x, int bits) { return (x << bits) | (x >> (64 - bits)); }
 
 template <class T> struct SipState {  // T: uint64_t, or a vector of them: that many messages at once
     T v0, v1, v2, v3;
 
-    RADIX_INLINE static SipState of(SipKey key, T zero) {
+    RADIX_INLINE static SipState of(SipKey key) {
+        const T zero{};
         return {zero + (key.low ^ 0x736f6d6570736575), zero + (key.high ^ 0x646f72616e646f6d ^ 0xee),
                 zero + (key.low ^ 0x6c7967656e657261), zero + (key.high ^ 0x7465646279746573)};
     }
@@ -40,7 +41,7 @@ template <class T> struct SipState {  // T: uint64_t, or a vector of them: that 
         v2 += v1; v1 = rotate_left(v1, 17); v1 ^= v2; v2 = rotate_left(v2, 32);
     }
     RADIX_INLINE void round() { round_before_v3(); round_from_v3(); }
-    RADIX_INLINE void absorb(T word) {
+    RADIX_INLINE void absorb(const T &word) {
         v3 ^= word;
         round(); round();
         v0 ^= word;
@@ -71,7 +72,7 @@ RADIX_INLINE inline void chain_keys(const uint32_t *tokens, size_t blocks, size_
     if constexpr (BLOCK_SIZE != 0) block_size = BLOCK_SIZE;
     const size_t words = block_size / 2;  // without the last token of an odd number
     const uint64_t length_word = uint64_t((block_size + 1) / 2 * 8 + 16) << 56;
-    const auto initial = SipState<Vector>::of(key, Vector{});
+    const auto initial = SipState<Vector>::of(key);
     auto absorbed = initial;
     alignas(64) uint64_t lanes[4][LANES];
 

@@ -10,11 +10,11 @@ Tree::Tree(uint64_t max_blocks, uint64_t max_blocks_per_worker, uint64_t seed)
       table_(hashes_, capacity_, seed), sets_(capacity_, ~seed) {}
 
 // All the cache misses of a step at once. Inline: GCC takes a function that only prefetches for one without effect.
-RADIX_INLINE void Tree::prefetch(const uint64_t *hashes, size_t count) const {
+RADIX_INLINE void Tree::prefetch(const uint64_t *hashes, uint64_t *places, size_t count) const {
+    for (size_t i = 0; i < count; i++) table_.prefetch(places[i] = table_.place(hashes[i]));
     if (count < 2) return;
-    for (size_t i = 0; i < count; i++) table_.prefetch(table_.place(hashes[i]));
     for (size_t i = 0; i < count; i++) {
-        const uint32_t id = table_.guess(table_.place(hashes[i]));
+        const uint32_t id = table_.guess(places[i]);
         if (id == NONE) continue;
         __builtin_prefetch(&hashes_[id]);
         __builtin_prefetch(&set_[id]);
@@ -29,12 +29,13 @@ size_t Tree::store(uint32_t number, const uint64_t *hashes, size_t count, uint64
     Worker &worker = this->worker(number);
     uint32_t above = parent == ROOT_HASH ? ROOT : find(parent);
     size_t stored = 0;
+    uint64_t places[STEP];
     for (size_t i = 0; i < count; parent = hashes[i++]) {
         if (i % STEP == 0) {
             if (i) step(std::min(STEP, count - i));
-            prefetch(hashes + i, std::min(STEP, count - i));
+            prefetch(hashes + i, places, std::min(STEP, count - i));
         }
-        uint32_t id = find(hashes[i]);
+        uint32_t id = table_.find(places[i % STEP], hashes[i]);
         const uint32_t mask = id == NONE ? 0 : sets_.mask(set_[id], number);
         const bool full = worker.count >= max_blocks_per_worker_ || entries_ >= max_blocks_;
         if (!mask && full) {
@@ -61,12 +62,13 @@ size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int t
     if (number >= workers_.size()) return 0;
     Worker &worker = workers_[number];
     size_t removed = 0;
+    uint64_t places[STEP];
     for (size_t i = 0; i < count; i++) {
         if (i % STEP == 0) {
             if (i) step(0);
-            prefetch(hashes + i, std::min(STEP, count - i));
+            prefetch(hashes + i, places, std::min(STEP, count - i));
         }
-        const uint32_t id = find(hashes[i]);
+        const uint32_t id = table_.find(places[i % STEP], hashes[i]);
         const uint32_t mask = id == NONE ? 0 : sets_.mask(set_[id], number);
         if (!(mask >> tier & 1)) continue;
         const uint32_t left = mask & ~(1u << tier);
@@ -180,10 +182,19 @@ uint32_t Tree::place(Worker &worker, uint32_t id, uint64_t hash, uint32_t above,
     return id;
 }
 
+uint32_t Tree::free_id() {  // below top_; NONE when all are in use
+    while (stacked_)
+        if (const uint32_t id = free_[--stacked_]; id < top_ && is_free(id)) return id;
+    return NONE;
+}
+
 uint32_t Tree::make_node(uint64_t hash) {
-    uint32_t id = top_;
-    if (free_.size()) free_.erase(id = free_.least());
-    else peak_ = std::max(peak_, ++top_);
+    uint32_t id = free_id();
+    if (id == NONE) {
+        id = top_++;
+        peak_ = std::max(peak_, top_);
+    }
+    nodes_++;
     hashes_[id] = hash;
     set_[id] = EMPTY;
     parents_[id] = NONE;
@@ -197,15 +208,19 @@ void Tree::free_node(uint32_t id) {
 }
 
 void Tree::leave_id(uint32_t id) {
+    nodes_--;
+    hashes_[id] = ROOT_HASH;
     set_[id] = EMPTY;
     parents_[id] = NONE;
-    free_.insert(id);
-    while (top_ && free_.contains(top_ - 1)) free_.erase(--top_);
+    if (id + 1 < top_) free_[stacked_++] = id;
+    while (top_ && is_free(top_ - 1)) top_--;
+    if (!top_) stacked_ = 0;
     if (peak_ - top_ < KEPT) return;
     hashes_.release(top_, peak_);
     set_.release(top_, peak_);
     parents_.release(top_, peak_);
     children_.release(top_, peak_);
+    free_.release(stacked_, capacity_);
     peak_ = top_;
 }
 
@@ -222,10 +237,11 @@ void Tree::vacate(uint32_t id) {
 
 // Move the last nodes into holes, a few at a time, so that memory goes back when blocks have gone in any order.
 void Tree::compact() {
-    for (int moves = 0; moves < 4 && free_.size() > KEPT && free_.size() * 3 > top_; moves++) {
-        const uint32_t from = top_ - 1, to = free_.least();
+    for (int moves = 0; moves < 4 && top_ - nodes_ > KEPT && top_ - nodes_ > top_ / 3; moves++) {
+        const uint32_t from = top_ - 1;
         if (children_.size(from) > STEP) return;  // too much for one step
-        free_.erase(to);
+        const uint32_t to = free_id();
+        nodes_++;
         hashes_[to] = hashes_[from];
         set_[to] = set_[from];
         table_.rename(table_.place(hashes_[from]), from, to);
@@ -286,7 +302,7 @@ void Tree::check() {
     size_t entries = 0, children = 0, linked = 0, ids = 0;
     for (uint32_t id = 0; id < top_; id++) {
         const uint32_t set = set_[id], parent = parents_[id];
-        if (free_.contains(id)) {
+        if (is_free(id)) {
             must(set == EMPTY && parent == NONE && children_.empty(id), "a free node is blank");
             continue;
         }
@@ -314,7 +330,7 @@ void Tree::check() {
     }
     must(entries == entries_, "the number of entries");
     must(children == linked, "each linked block is a child");
-    must(free_.size() + ids == top_ && (!top_ || !free_.contains(top_ - 1)), "ids are in use or free");
+    must(ids == nodes_ && (!top_ || !is_free(top_ - 1)), "the number of nodes");
     for (uint32_t set = 1; set < sets_.size(); set++) must(blocks[set] == sets_.blocks(set), "a set's blocks");
     for (uint32_t number = 0; number < workers_.size(); number++) {
         const Worker &is = workers_[number], &should = workers[number];

@@ -4,6 +4,7 @@
 #include <atomic>
 #include <mutex>
 #include <stdexcept>
+#include <unordered_map>
 #include <vector>
 
 #include "changes.hpp"
@@ -34,9 +35,9 @@ struct Dumped {
     std::vector<uint32_t> holder_sets, set_ends, members;
 };
 
-struct Hot {
-    uint64_t hash;
-    uint32_t depth, hits;
+struct Heat {
+    std::vector<uint64_t> records;  // the deepest blocks of recent matches
+    std::unordered_map<uint64_t, uint64_t> parents;  // of them, and of all held blocks above them
 };
 
 class Tree {
@@ -61,7 +62,7 @@ class Tree {
     std::vector<uint64_t> blocks(uint32_t number) const;
     std::vector<uint32_t> holders(uint64_t hash) const;
     std::vector<uint64_t> children(uint64_t hash) const;
-    std::vector<Hot> hottest(size_t limit) const;
+    Heat heat() const;
     Dumped dump();  // in one's turn
     void check();   // in one's turn; throws std::logic_error
 
@@ -103,6 +104,8 @@ class Tree {
     void commit(size_t blocks);
     Worker &worker(uint32_t number);
     uint32_t place(Worker &worker, uint32_t id, uint64_t hash, uint32_t above, uint64_t parent);
+    bool is_free(uint32_t id) const { return hashes_[id] == ROOT_HASH; }
+    uint32_t free_id();
     uint32_t make_node(uint64_t hash);
     void free_node(uint32_t id);
     void leave_id(uint32_t id);
@@ -111,7 +114,7 @@ class Tree {
     void give_set(uint32_t id, uint32_t set);
     void change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, uint32_t now);
     static void count_digest(Worker &worker, uint64_t hash, int tier, bool add);
-    void prefetch(const uint64_t *hashes, size_t count) const;
+    void prefetch(const uint64_t *hashes, uint64_t *places, size_t count) const;
 
     void probe(const uint64_t *hashes, Point *points, size_t count) const;
     void search(const uint64_t *hashes, size_t count, Points &points) const;
@@ -123,7 +126,8 @@ class Tree {
     Region<uint64_t> hashes_;
     Region<uint32_t> set_, parents_;
     Children children_;
-    LeastSet free_;
+    Region<uint32_t> free_;  // a stack of ids that were free when they were put on it
+    uint32_t stacked_ = 0, nodes_ = 0;
     uint32_t top_ = 0, peak_ = 0;  // ids in use are below top_; pages up to peak_ may be in use
     Table table_;
     HolderSets sets_;

@@ -22,8 +22,10 @@ from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.digest import EMPTY_DIGEST
+from radix.tree import Tier
 from rhizome.errors import Conflict, Trimmed, Unavailable
-from rhizome.rpc import SERVER_OPTIONS
+from rhizome.rpc import SERVER_OPTIONS, Context
+from rhizome.v1 import worker_pb2 as pb
 
 Connect: TypeAlias = Callable[[EventLog], AbstractAsyncContextManager[EventSource]]
 
@@ -36,9 +38,9 @@ async def over_memory(log: EventLog) -> AsyncIterator[EventSource]:
 
 
 @asynccontextmanager
-async def grpc_server(log: EventLog, port: int = 0) -> AsyncIterator[int]:
+async def grpc_server(events: KvEventsService, port: int = 0) -> AsyncIterator[int]:
     server = grpc.aio.server(options=SERVER_OPTIONS)
-    server.add_generic_rpc_handlers((KvEventsService(log).handler(),))
+    server.add_generic_rpc_handlers((events.handler(),))
     port = server.add_insecure_port(f"127.0.0.1:{port}")
     await server.start()
     try:
@@ -49,7 +51,7 @@ async def grpc_server(log: EventLog, port: int = 0) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def over_grpc(log: EventLog) -> AsyncIterator[EventSource]:
-    async with grpc_server(log) as port:
+    async with grpc_server(KvEventsService(log)) as port:
         source = GrpcEventSource(f"127.0.0.1:{port}")
         try:
             yield source
@@ -163,17 +165,23 @@ def test_another_stream_is_a_conflict(connect: Connect, epoch: int, seq: int) ->
     run(test())
 
 
+@pytest.mark.parametrize("tiered", [False, True])
 @pytest.mark.parametrize("blocks", [0, 1, SNAPSHOT_CHUNK_BLOCKS, SNAPSHOT_CHUNK_BLOCKS + 1])
-def test_a_snapshot_arrives_whole(connect: Connect, blocks: int) -> None:
-    """Also an empty one, and one of several messages."""
+def test_a_snapshot_arrives_whole(connect: Connect, blocks: int, tiered: bool) -> None:
+    """Also an empty one, one of several messages, and one of blocks that are not all on the device alone."""
 
     async def test() -> None:
         log = EventLog("w0", 5, 16)
         chain = np.arange(1, blocks + 1, dtype=np.uint64) << np.uint64(30)
         if blocks:
             log.append([BlockStored(chain, 0, 16)], 0.0)
+        if tiered and blocks:
+            log.append([BlockStored(chain[::2], 0, 16, medium="CPU"), BlockStored(chain[-1:], 0, 16, medium="DISK")], 0)
         async with connect(log) as source:
             snapshot = await source.snapshot()
+        for tier, held in zip(Tier, (chain, chain[::2], chain[-1:]), strict=True):
+            expected = held if tiered or tier == Tier.DEVICE else chain[:0]
+            assert np.array_equal(snapshot.block_hashes[snapshot.held_in(tier)], expected)
         assert (snapshot.worker, snapshot.epoch, snapshot.next_seq) == ("w0", 5, log.next_seq)
         assert (snapshot.digest, snapshot.block_size) == (log.digest, 16)
         assert np.array_equal(snapshot.block_hashes, chain)
@@ -310,11 +318,41 @@ def test_following_keeps_a_view_in_step(connect: Connect) -> None:
     run(test())
 
 
+@pytest.mark.parametrize(
+    ("changes", "error"),
+    [
+        ({"block_hashes": bytes(8)}, "8 bytes of hashes and 16 of parents: 16 are needed"),
+        ({"parent_hashes": bytes(24)}, "goes on past its 2 blocks"),
+        ({"tier_masks": b"\1"}, "1 masks of tiers: none or 2 are needed"),
+        ({"tier_masks": b"\1" * 3}, "goes on past its 2 blocks"),
+        ({"epoch": 0}, "no epoch"),
+        ({"digest": b""}, "no digest"),
+    ],
+)
+def test_a_torn_snapshot_is_refused(changes: dict[str, Any], error: str) -> None:
+    """With WireError, whichever column does not fit."""
+
+    class Torn(KvEventsService):
+        async def snapshot(self, request: pb.SnapshotRequest, context: Context) -> None:
+            fields = {"epoch": 5, "digest": bytes(16), "total_blocks": 2, "block_hashes": bytes(16)}
+            chunk = pb.SnapshotChunk(**{**fields, "parent_hashes": bytes(16), **changes})
+            await context.write(chunk.SerializeToString())
+
+    async def test() -> None:
+        async with grpc_server(Torn(EventLog("w0", 5, 16))) as port:
+            source = GrpcEventSource(f"127.0.0.1:{port}")
+            with pytest.raises(wire.WireError, match=error):
+                await source.snapshot()
+            await source.close()
+
+    run(test())
+
+
 def test_a_worker_that_is_not_there_is_unavailable() -> None:
     """Each method says so."""
 
     async def test() -> None:
-        async with grpc_server(EventLog("w0", 5, 16)) as port:
+        async with grpc_server(KvEventsService(EventLog("w0", 5, 16))) as port:
             pass
         source = GrpcEventSource(f"127.0.0.1:{port}")
         try:
@@ -337,7 +375,7 @@ def test_following_survives_a_restart_of_the_worker() -> None:
         view = WorkerView("w0", 0, make_tree())
         log = EventLog("w0", 5, 16)
         append(log, 1, 2)
-        async with grpc_server(log) as port:
+        async with grpc_server(KvEventsService(log)) as port:
             source = GrpcEventSource(f"127.0.0.1:{port}")
             following = asyncio.create_task(follow(source, view, first_delay_s=0.01, max_delay_s=0.1))
             await until(lambda: view.synced)
@@ -345,7 +383,7 @@ def test_following_survives_a_restart_of_the_worker() -> None:
             await until(lambda: view.position() == (5, 2))
         log = EventLog("w0", 6, 16)
         append(log, 9)
-        async with grpc_server(log, port):
+        async with grpc_server(KvEventsService(log), port):
             await until(lambda: view.position() == (6, 1))
             append(log, 10)
             await until(lambda: view.position() == (6, 2))

@@ -129,7 +129,7 @@ def test_a_hole_anywhere_in_a_long_chain_is_seen(tree: PrefixTree, length: int) 
 
 
 def test_a_block_under_another_parent_than_it_has_is_matched_exactly(tree: PrefixTree) -> None:
-    """Worker 8 has put a block below E, which it does not follow; 9 stores it where it belongs, and is matched right."""
+    """Worker 8 has put a block below E, which it does not follow; 9, which knows better, is matched right."""
     chain = np.arange(1000, 1100, dtype=np.uint64)
     tree.store(8, blocks(E, 1050))
     for worker in (7, 9):

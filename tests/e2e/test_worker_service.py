@@ -277,6 +277,27 @@ def test_events_tell_what_the_cache_holds(tiny_model: Path) -> None:
     with_worker(tiny_model, test)
 
 
+def test_own_keys_are_made_under_the_fleets_secret(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompt and answer alike, with and without a ticket: the keys that a router of the fleet computes."""
+    monkeypatch.setenv(ticket.SECRET_VARIABLE, SECRET.decode())
+    hasher = BlockHasher(16, derive_salt("tiny"), SECRET)
+
+    async def test(served: Worker) -> None:
+        source = GrpcEventSource(served.channel)
+        epoch = (await served.status()).epoch
+        for prompt, signed in ((list(range(40)), False), (list(range(100, 140)), True)):
+            message = request(prompt, max_tokens=24)
+            if signed:
+                message.salt, message.block_keys = hasher.salt, hasher.keys(prompt).tobytes()
+                ticket.sign_request(SECRET, message, "worker-0", epoch, int(time.time() * 1000))
+            answer = [token for chunk in await served.chunks(message) for token in chunk.token_ids]
+            assert len(answer) > 16, "a block of the answer is hashed by the worker"
+            held = set((await source.snapshot()).block_hashes.tolist())
+            assert set(hashes_of(hasher.keys([*prompt, *answer[:-1]])).tolist()) <= held
+
+    with_worker(tiny_model, test)
+
+
 def test_keys_count_only_under_a_valid_ticket(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Signed keys are taken as they are; unsigned ones are ignored, tampered, foreign and expired tickets refused."""
     monkeypatch.setenv(ticket.SECRET_VARIABLE, SECRET.decode())
@@ -285,7 +306,7 @@ def test_keys_count_only_under_a_valid_ticket(tiny_model: Path, monkeypatch: pyt
         epoch = (await served.status()).epoch
         prompt = list(range(20))
         salt = derive_salt("tiny", tenant="somebody")
-        keys = BlockHasher(16, salt).keys(np.array(prompt, np.uint32))
+        keys = BlockHasher(16, salt, SECRET).keys(np.array(prompt, np.uint32))
 
         def signed(worker_id: str = "worker-0", unix_ms: int | None = None) -> worker_pb2.WorkerGenerateRequest:
             message = request(prompt)

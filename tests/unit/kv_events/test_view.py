@@ -266,12 +266,14 @@ def test_a_view_that_was_cut_short_is_in_step_as_soon_as_the_digests_agree() -> 
 
 
 def test_a_cache_about_as_large_as_its_cap_is_not_read_again_and_again() -> None:
-    """Where a block is refused and another goes, over and over, the room for one is not worth a snapshot."""
+    """Where one block too many is held and others come and go, the room for one is not worth a snapshot."""
     pair = Pair(max_blocks_per_worker=200)
     pair.step(store(*range(1, 202)))
-    for block in range(300, 400):
-        assert pair.step(store(block)) is Resync.NONE
-        assert pair.step(BlockRemoved(blocks(block - 150 if block > 350 else block))) is Resync.NONE
+    for block in range(1, 100):
+        assert pair.step(BlockRemoved(blocks(block))) is Resync.NONE
+        assert pair.step(store(1000 + block)) is Resync.NONE
+    assert pair.tree.count(4) == 200
+    assert pair.tree.refused(4) == 1
 
 
 def test_a_worker_that_is_gone_is_forgotten(pair: Pair) -> None:

@@ -6,13 +6,16 @@ from dataclasses import fields
 
 import pytest
 
+from radix.hashing import BlockHasher, derive_salt
+from radix.keys import hashes_of
 from rhizome.errors import InvalidRequest
 from rhizome.rpc import parse
+from rhizome.ticket import SECRET_VARIABLE
 from rhizome.v1 import fleet_pb2, generation_pb2, router_pb2, worker_pb2
 from router.client import Completion, build_request
 from router.fleet import ModelCard, Role, WorkerReport
 from router.links import MAX_TOKENIZER_FILES, collect_files
-from router.messages import worker_info, worker_report
+from router.messages import prepare, worker_info, worker_report
 from router.tokenizing import BadTokenizer
 
 
@@ -33,6 +36,32 @@ def test_a_registration_reaches_the_core() -> None:
     info = worker_info(request)
     assert (info.worker_id, info.epoch, info.role, info.max_waiting) == ("w", 4, Role.DECODE, 8)
     assert info.model == ModelCard("m", 1, 2, 3, "t")
+
+
+def test_a_prompt_is_hashed_under_the_fleets_secret_and_the_salt_does_not_tell_it() -> None:
+    """Clients in direct mode see the salt: it is made of public names, and computes nobody's keys."""
+    card = ModelCard("m", max_model_len=100, vocab_size=100, block_size=4, tokenizer_sha256="")
+    request = build_request(token_ids=list(range(9)))
+    open_keys, keys = (
+        prepare(request, card, None, streamed=True, secret=each) for each in (b"", b"the fleet's secret")
+    )
+    expected = BlockHasher(4, derive_salt("m"), b"the fleet's secret").keys(range(9))
+    assert keys.message.block_keys == expected.tobytes()
+    assert keys.route.hashes.tolist() == hashes_of(expected).tolist()
+    assert keys.message.salt == open_keys.message.salt == derive_salt("m")
+    assert open_keys.message.block_keys == BlockHasher(4, derive_salt("m")).keys(range(9)).tobytes()
+
+
+def test_the_secret_is_the_environments_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The router's and the worker's come from the same place."""
+    card = ModelCard("m", max_model_len=100, vocab_size=100, block_size=4, tokenizer_sha256="")
+    request = build_request(token_ids=list(range(9)))
+    monkeypatch.setenv(SECRET_VARIABLE, "a secret of the fleet")
+    from_environment = prepare(request, card, None, streamed=True)
+    given = prepare(request, card, None, streamed=True, secret=b"a secret of the fleet")
+    assert from_environment.message.block_keys == given.message.block_keys
+    monkeypatch.delenv(SECRET_VARIABLE)
+    assert prepare(request, card, None, streamed=True).message.block_keys != given.message.block_keys
 
 
 def test_bytes_that_are_no_message_are_refused() -> None:
