@@ -20,6 +20,10 @@ STORE_BLOCKS = 64  # an event
 ODD_BLOCKS = 512  # the one length at which the kinds that follow are measured, too
 SPREAD, HOLED = "spread", "holed"
 SPREAD_STEP = 8
+WORDS = {
+    SPREAD: ", each holder to another depth",
+    HOLED: ", held in full by workers that keep a child of a lost block elsewhere",
+}
 
 
 class Chain(NamedTuple):
@@ -69,8 +73,8 @@ def feed_runs(indexes: Mapping[str, Index], runs: Iterable[Run]) -> None:
 def pools(plan: Plan, blocks: int, holders: int) -> dict[str, list[Chain]]:
     """Queries that all holders hold in full, half, or not at all.
 
-    Of one length there are two more: each holder holds to another depth; and all in full, but each has lost a block
-    whose children it keeps, elsewhere.
+    Of one length there are two more. "spread": each holder holds to another depth. "holed": full, while every worker
+    keeps a block elsewhere whose parent it has lost, so nothing can be told from the ends of a path alone.
     """
     step = min(STORE_BLOCKS, blocks // 2)
     held = {"full": blocks // step, "half": blocks // step // 2, "none": 0}
@@ -164,7 +168,8 @@ def _cell(bench: Bench, indexes: dict[str, Index], blocks: int, holders: int) ->
         name = f"{blocks} {kind} H{holders}"
         as_dict[kind].values[PEER] = times[kind][0].values[PEER]
         goal = GOALS.get(blocks) if kind not in (SPREAD, HOLED) else None
-        rows += _rows(bench, name, times[kind], goal, f"{len(chains)} chains")
+        note = f"{len(chains)} chains" + WORDS.get(kind, "")
+        rows += _rows(bench, name, times[kind], goal, note)
         rows.append(bench.row(f"match p50 {name} as_dict", "us", as_dict[kind], note="ours as a dict too"))
     return rows
 

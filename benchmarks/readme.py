@@ -27,12 +27,15 @@ HOLDERS = (8, 64, 256)
 ALONE = (
     *(f"hash {tokens}{form}" for tokens in (8_192, 131_072) for form in ("", " list")),
     *(f"match {quantile} 96 {size}" for size in ("1M", "10M") for quantile in ("p50", "p99")),
-    *(f"{what} {size}" for size in ("1M W64", "10M W64") for what in ("bytes per entry",)),
+    *(f"bytes per entry {size} W64" for size in ("1M", "10M")),
     *(f"drop one of 64 at {size}{what}" for size in ("1M", "10M") for what in ("", " lookup gap")),
+    *(f"match p50 512 {kind} H{holders}" for kind in ("spread", "holed") for holders in HOLDERS),
+    "longest stored event to 10M W64 E64",
     *("threads 1 reader", "threads 2 readers lookups", "threads 2 readers", "threads 2 readers p99 512"),
     *("view store W64 E16", "view remove W64 E16"),
     *("limit independent random reads", "limit dependent random read", "limit empty call len(tree)"),
     *("limit match of no blocks", "limit match_many 512 full H8"),
+    *(f"limit match p50 96 {size}" for size in ("1M", "10M")),
     *(f"limit match p50 {blocks} full H8" for blocks in BLOCKS),
 )
 

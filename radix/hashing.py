@@ -5,10 +5,10 @@ over the block's tokens, as little-endian uint32, and then the key of the block 
 up to and with its block. The SipHash key is BLAKE2b (RFC 7693), under the fleet's secret, of salt and block size; the
 salt holds model, adapter and tenant. Keys of different ones never meet.
 
-Why this hash: a prompt is hashed on every request, and SipHash is the fastest vetted function that is keyed and has 128
-bits. Its best published cryptanalysis (Dobraunig, Mendel, Schläffer, SAC 2014) does not touch 2-4 rounds; OpenSSL has
-it as a MAC, and the hash tables of Python, Rust and Linux are built on it. XXH3 and the like are faster and may be
-steered by whoever chooses their input.
+Why this hash: every request is hashed whole, and clients choose what is hashed. So it must be fast on 80 bytes, keyed,
+and 128 bits wide, which SipHash was made for. Its best published cryptanalysis (Dobraunig, Mendel, Schläffer, SAC 2014)
+does not come near 2-4 rounds; OpenSSL has it as a MAC, and it or its form of 1-3 rounds guards the hash tables of
+Linux, Python and Rust. XXH3 and the like are faster, and whoever chooses their input can steer them.
 
 What somebody who chooses prompts can do. With a secret: not tell or aim a key; of q blocks that he has had hashed two
 share their low halves with a chance of q^2 / 2^65. Without one the SipHash key follows from public names, and then

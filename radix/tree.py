@@ -85,7 +85,7 @@ class Changes:
     kinds: NDArray[np.uint8]  # (changes,): STORE, REMOVE or CLEAR
     tiers: NDArray[np.uint8]  # (changes,): Tier; of no meaning to CLEAR
     parents: Hashes  # (changes,): of no meaning but to STORE
-    ends: NDArray[np.uint32]  # (changes,), ascending
+    ends: NDArray[np.uint32]  # (changes,), ascending to len(hashes)
     hashes: Hashes
 
 
@@ -130,7 +130,10 @@ class PrefixTree(Protocol):
         ...
 
     def clear(self, worker: int) -> int:
-        """`worker` holds nothing any more and leaves no trace. Returns how many blocks it had held."""
+        """`worker` holds nothing any more, for all readers at once, and leaves no trace.
+
+        Returns how many blocks it had held.
+        """
         ...
 
     def apply(self, worker: int, changes: Changes) -> None:
@@ -142,7 +145,7 @@ class PrefixTree(Protocol):
         """Each worker's number of leading `hashes` (a prompt's blocks, from its first) that it holds without a hole.
 
         `hashes` must be a chain: each block's hash made from the one before it. For other sequences a worker's depth
-        may be too large.
+        may be too large; so may that of a worker which said itself that a block follows another than it does.
         """
         ...
 
@@ -186,7 +189,8 @@ class PrefixTree(Protocol):
         """The prefixes that most of the last HEAT_WINDOW matches held, most hits first, then deepest, then by hash.
 
         A match counts for the deepest block that any worker held, if it is held still, and for all held blocks above
-        it. Of a chain of blocks with equal hits only the deepest is listed.
+        it. Of a chain of blocks with equal hits only the deepest is listed. Parents in a circle, which only made-up
+        events have, and what hangs on them are left out. `limit` is 0 to HEAT_WINDOW (ValueError).
         """
         ...
 

@@ -12,7 +12,6 @@ from radix.hashing import BlockHasher, derive_salt
 from radix.keys import Tokens, hashes_of
 from rhizome import validate
 from rhizome.errors import InvalidRequest
-from rhizome.ticket import fleet_secret
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import RouteRequest
 from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
@@ -35,11 +34,11 @@ def prepare(
     request: router_pb2.GenerateRequest,
     card: ModelCard,
     tokenizer: PromptTokenizer | None,
+    secret: bytes,
     *,
     streamed: bool,
-    secret: bytes | None = None,
 ) -> PreparedRequest:
-    """Check, tokenize and hash a request for the model of `card`, under the fleet's secret (None: the environment's).
+    """Check, tokenize and hash a request for the model of `card`, under the fleet's secret.
 
     Touches no shared state. Raises InvalidRequest.
     """
@@ -49,7 +48,7 @@ def prepare(
     validate.check_sampling(
         request.sampling, vocab_size=card.vocab_size, prompt_tokens=len(tokens), max_model_len=card.max_model_len
     )
-    hasher = _hasher(card.name, card.block_size, fleet_secret() if secret is None else secret)
+    hasher = _hasher(card.name, card.block_size, secret)
     keys = hasher.keys(tokens)
     request_id = request.request_id or uuid.uuid4().hex
     route = RouteRequest(

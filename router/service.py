@@ -168,8 +168,8 @@ class RouterService:
         card = self._router.card(request.model)
         tokenizer = None if request.WhichOneof("prompt") == "token_ids" else self._links.tokenizer(card)
         if request.ByteSize() <= INLINE_BYTES:
-            return prepare(request, card, tokenizer, streamed=streamed)
-        return await asyncio.to_thread(prepare, request, card, tokenizer, streamed=streamed)
+            return prepare(request, card, tokenizer, self._secret, streamed=streamed)
+        return await asyncio.to_thread(prepare, request, card, tokenizer, self._secret, streamed=streamed)
 
     def _sign(self, message: worker_pb2.WorkerGenerateRequest, decision: Decision) -> None:
         ticket.sign_request(self._secret, message, decision.worker_id, decision.epoch, int(time.time() * 1000))

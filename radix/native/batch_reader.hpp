@@ -92,7 +92,7 @@ class BatchReader {
 
     void read_batch() {
         expect(array() == 8 && byte() == 0xcb);
-        batch_.ts = std::bit_cast<double>(big_endian<uint64_t>());
+        batch_.ts = std::bit_cast<double>(number(8));
         expect(std::isfinite(batch_.ts));
         const size_t events = array();
         expect(events <= MAX_EVENTS_PER_BATCH);
@@ -117,7 +117,7 @@ class BatchReader {
 
     void read_event() {
         Event event;
-        if (peek() >> 4 == 0x8) {
+        if (next_is(0x80, 0xf0)) {
             size_t field = 0;  // fields come in the order of NAMES more often than not
             for (size_t fields = byte() & 0xf; fields > 0; fields--, field = (field + 1) % FIELDS) {
                 const std::string_view name = text();
@@ -170,43 +170,34 @@ class BatchReader {
         if (!common) [[unlikely]] throw Uncommon();
     }
     size_t left() const { return static_cast<size_t>(end_ - at_); }
-    uint8_t peek() const {
-        expect(left() > 0);
-        return *at_;
-    }
+    bool next_is(uint8_t code, uint8_t mask = 0xff) const { return left() > 0 && (*at_ & mask) == code; }
     const uint8_t *take(size_t bytes) {
         expect(bytes <= left());
         return std::exchange(at_, at_ + bytes);
     }
     uint8_t byte() { return *take(1); }
-    template <class T> T big_endian() {
-        const uint8_t *from = take(sizeof(T));
-        T value = 0;
-        for (size_t i = 0; i < sizeof(T); i++) value = static_cast<T>(value << 8 | from[i]);  // one load and a swap
+    uint64_t number(size_t bytes) {  // big-endian; one load and a swap where `bytes` is a constant
+        const uint8_t *from = take(bytes);
+        uint64_t value = 0;
+        for (size_t i = 0; i < bytes; i++) value = value << 8 | from[i];
         return value;
     }
     bool nil() {
-        const bool found = peek() == 0xc0;
+        const bool found = next_is(0xc0);
         at_ += found;
         return found;
     }
     uint64_t integer(uint64_t most) {
         const uint8_t first = byte();
-        uint64_t value = first;
-        if (first == 0xcf) value = big_endian<uint64_t>();
-        else if (first == 0xcc) value = byte();
-        else if (first == 0xcd) value = big_endian<uint16_t>();
-        else if (first == 0xce) value = big_endian<uint32_t>();
-        else expect(first < 0x80);
+        expect(first < 0x80 || (first >= 0xcc && first <= 0xcf));
+        const uint64_t value = first < 0x80 ? first : first == 0xcf ? number(8) : number(1u << (first - 0xcc));
         expect(value <= most);
         return value;
     }
     size_t array() {  // its length
         const uint8_t first = byte();
-        if (first >> 4 == 0x9) return first & 0xf;
-        if (first == 0xdc) return big_endian<uint16_t>();
-        expect(first == 0xdd);
-        return big_endian<uint32_t>();
+        expect(first >> 4 == 0x9 || first == 0xdc || first == 0xdd);
+        return first >> 4 == 0x9 ? first & 0xf : number(first == 0xdc ? 2 : 4);
     }
     std::string_view text() {
         const uint8_t first = byte();

@@ -1,3 +1,4 @@
+// radix._native.decode_batch: event batches from their bytes, as columns.
 #include "batch_reader.hpp"
 #include "bindings.hpp"
 

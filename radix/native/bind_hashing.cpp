@@ -1,3 +1,4 @@
+// The bindings of the block hash: which kernel this machine runs, and tokens from lists without NumPy.
 #include "bindings.hpp"
 #include "siphash.hpp"
 
@@ -105,7 +106,7 @@ nb::object as_tokens(nb::handle tokens) {
 void bind_hashing(nb::module_ &module) {
     module.def("block_keys", &block_keys, nb::arg("tokens"), nb::arg("block_size"), nb::arg("key_low"),
                nb::arg("key_high"), nb::arg("parent").none() = nb::none(), nb::arg("lanes") = 8,
-               "Keys of the full blocks of `tokens`: see radix.siphash.block_keys. `lanes` is the widest kernel to use.");
+               "See radix.siphash.block_keys. `lanes` is the widest kernel to use.");
     module.def("as_tokens", &as_tokens, nb::arg("tokens").none(),
                "A uint32 array of plain ints, or None where NumPy must convert them.");
 }

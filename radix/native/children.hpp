@@ -60,7 +60,7 @@ class Children {
     RADIX_INLINE void prefetch(uint32_t parent) const { __builtin_prefetch(&link_[parent]); }
     bool committed(size_t end) const { return link_.committed(end); }
     void commit(size_t end) { link_.commit(end); }
-    void release(size_t from, size_t to) { link_.release(from, to); }
+    void trim(size_t end) { link_.trim(end); }
 
   private:
     static constexpr uint32_t HUB = 1u << 31;

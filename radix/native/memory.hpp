@@ -10,6 +10,9 @@
 namespace radix {
 
 #define RADIX_INLINE __attribute__((always_inline)) inline
+#ifndef RADIX_SHRINK  // by how much a fuzzer makes pieces smaller: a power of two, at most 512
+#define RADIX_SHRINK 1
+#endif
 
 // An array of zeros over reserved address space: addresses never change, nothing is copied as it fills up, and pages
 // cost memory only once they are written to.
@@ -36,7 +39,7 @@ template <class T> class Region {
     void commit(size_t end) {
         for (; !committed(end); committed_ += PAGE) __atomic_fetch_or(bytes() + committed_, 0, __ATOMIC_RELAXED);
     }
-    // Give the pages of items [from, to) back; what is left of them is zeros.
+    // Give whole huge pages among items [from, to) back; they are zeros then.
     void release(size_t from, size_t to) {
         const size_t start = (from * sizeof(T) + HUGE - 1) / HUGE * HUGE;
         const size_t end = std::min(to * sizeof(T), bytes_) / HUGE * HUGE;
@@ -44,9 +47,12 @@ template <class T> class Region {
         madvise(bytes() + start, end - start, MADV_DONTNEED);
         committed_ = std::min(committed_, start);
     }
+    void trim(size_t size) {  // the same for all items from `size` on, once it is worth a call
+        if (size * sizeof(T) + HUGE < committed_) release(size, bytes_ / sizeof(T));
+    }
 
   private:
-    static constexpr size_t PAGE = 4096, HUGE = 2 << 20;
+    static constexpr size_t PAGE = 4096, HUGE = (2 << 20) / RADIX_SHRINK;
     char *bytes() { return reinterpret_cast<char *>(items_); }
     T *items_;
     size_t bytes_, committed_ = 0;

@@ -1,6 +1,6 @@
 // Block keys: SipHash-2-4 with 128 bits of output (Aumasson, Bernstein: SipHash, INDOCRYPT 2012), chained.
 //
-//   key(block) = SipHash-2-4-128(tokens, as little-endian uint32, padded with zeros to 8 bytes | key of the block before)
+//   key(block) = SipHash-2-4-128(tokens, as little-endian uint32, zero-padded to 8 bytes | key of the block before)
 //
 // The key of the block before comes last, so that the tokens of the next blocks are absorbed LANES at a time, in vector
 // registers, while the scalar units run the one chain that cannot be cut short: three words and the finalization.

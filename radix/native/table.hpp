@@ -179,7 +179,7 @@ class Table {
         now().count = 0;
         now_ = !now_;
     }
-    static constexpr size_t PIECE = 1 << 15;  // buckets: a huge page
+    static constexpr size_t PIECE = (1 << 15) / RADIX_SHRINK;  // buckets: a huge page
 
     const Region<uint64_t> &hashes_;
     const uint64_t seed_;

@@ -190,10 +190,7 @@ uint32_t Tree::free_id() {  // below top_; NONE when all are in use
 
 uint32_t Tree::make_node(uint64_t hash) {
     uint32_t id = free_id();
-    if (id == NONE) {
-        id = top_++;
-        peak_ = std::max(peak_, top_);
-    }
+    if (id == NONE) id = top_++;
     nodes_++;
     hashes_[id] = hash;
     set_[id] = EMPTY;
@@ -212,16 +209,17 @@ void Tree::leave_id(uint32_t id) {
     hashes_[id] = ROOT_HASH;
     set_[id] = EMPTY;
     parents_[id] = NONE;
-    if (id + 1 < top_) free_[stacked_++] = id;
+    if (id + 1 < top_) {
+        free_.commit(stacked_ + 1);
+        free_[stacked_++] = id;
+    }
     while (top_ && is_free(top_ - 1)) top_--;
     if (!top_) stacked_ = 0;
-    if (peak_ - top_ < KEPT) return;
-    hashes_.release(top_, peak_);
-    set_.release(top_, peak_);
-    parents_.release(top_, peak_);
-    children_.release(top_, peak_);
-    free_.release(stacked_, capacity_);
-    peak_ = top_;
+    hashes_.trim(top_);
+    set_.trim(top_);
+    parents_.trim(top_);
+    children_.trim(top_);
+    free_.trim(stacked_);
 }
 
 // Nobody holds the block any more. Its node stays while it has children.

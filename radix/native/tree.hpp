@@ -70,8 +70,8 @@ class Tree {
     static constexpr uint32_t ROOT = NONE - 1;  // the parent of first blocks; NONE: of blocks that nobody holds
     static constexpr uint32_t EMPTY = HolderSets::EMPTY;
     static constexpr size_t STEP = 128;         // blocks between two looks at who waits
-    static constexpr size_t SLICE = 1 << 14;    // nodes, in scans
-    static constexpr size_t KEPT = 1 << 16;     // free nodes that are not given back
+    static constexpr size_t SLICE = (1 << 14) / RADIX_SHRINK;  // nodes, in scans
+    static constexpr size_t KEPT = (1 << 16) / RADIX_SHRINK;   // free ids that are left free
     static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
     enum State : uint8_t { CLEAN = 0, HOLES = 1, LEAVING = 2 };
 
@@ -128,7 +128,7 @@ class Tree {
     Children children_;
     Region<uint32_t> free_;  // a stack of ids that were free when they were put on it
     uint32_t stacked_ = 0, nodes_ = 0;
-    uint32_t top_ = 0, peak_ = 0;  // ids in use are below top_; pages up to peak_ may be in use
+    uint32_t top_ = 0;       // ids in use are below
     Table table_;
     HolderSets sets_;
     std::vector<Worker> workers_;

@@ -41,7 +41,7 @@ class WorkerGenerateRequest(_message.Message):
     priority: _builtins.int
     """smaller is served first"""
     salt: _builtins.bytes
-    """32 bytes: keys the block hashes (radix.hashing)"""
+    """32 bytes, from the names of model, adapter and tenant (radix.hashing)"""
     block_keys: _builtins.bytes
     """16 bytes for each full block of the prompt"""
     bypass_prefix_cache: _builtins.bool
