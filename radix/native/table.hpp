@@ -124,9 +124,9 @@ class Table {
         void take(uint64_t place, uint32_t id) {
             for (size_t at = home(place);; at++) {
                 Bucket &bucket = buckets[at];
-                for (uint32_t i = 0; i < bucket.used; i++)
-                    if (bucket.slots[i] == slot(place, id)) {
-                        bucket.slots[i] = bucket.slots[--bucket.used];
+                for (uint32_t found = candidates(bucket, place); found; found &= found - 1)
+                    if (uint32_t &entry = bucket.slots[std::countr_zero(found)]; entry == slot(place, id)) {
+                        entry = bucket.slots[--bucket.used];
                         return;
                     }
                 bucket.pass(-1);

@@ -43,8 +43,7 @@ size_t Tree::store(uint32_t number, const uint64_t *hashes, size_t count, uint64
         } else if (!(mask >> tier & 1)) {
             if (!mask) {
                 id = place(worker, id, hashes[i], above, parent);
-                worker.first = std::min(worker.first, id);
-                worker.last = std::max(worker.last, id);
+                mark_page(worker, id);
                 worker.count++;
                 entries_++;
             }
@@ -92,34 +91,21 @@ size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int t
 size_t Tree::clear(uint32_t number) {
     std::lock_guard<TreeLock> lock(lock_);
     if (number >= workers_.size()) return 0;
-    const Worker gone = workers_[number];
-    workers_[number] = {};
+    const Worker gone = std::exchange(workers_[number], {});
     entries_ -= gone.count;
     states_[number] = LEAVING;
-    enum : uint8_t { UNKNOWN, WITHOUT, WITH };
-    std::vector<uint8_t> sets(sets_.size());
     std::vector<uint32_t> ids;
-    for (uint32_t start = gone.first; gone.count && start <= gone.last && start < top_; start += SLICE) {
-        const uint32_t end = static_cast<uint32_t>(std::min<size_t>({top_, gone.last + size_t(1), start + SLICE}));
-        ids.clear();
-        for (uint32_t id = start; id < end; id++) {
-            uint8_t &has = sets[set_[id]];
-            if (has == UNKNOWN) has = sets_.mask(set_[id], number) ? WITH : WITHOUT;
-            if (has == WITH) ids.push_back(id);
-        }
-        for (size_t i = 0; i < ids.size(); i++) {
-            if (i % STEP == 0) {
-                step(0);
-                for (size_t ahead = i; ahead < std::min(ids.size(), i + STEP); ahead++)
-                    table_.prefetch(table_.place(hashes_[ids[ahead]]));
-            }
-            const uint32_t set = sets_.with(set_[ids[i]], number, 0);
-            if (set >= sets.size()) sets.resize(set + 1);
-            sets[set] = WITHOUT;  // the number may have been another set's
-            give_set(ids[i], set);
-            if (set == EMPTY) vacate(ids[i]);
-        }
+    for (size_t page = 0; gone.count && page < gone.pages.size(); page++) {
+        if (!gone.pages[page]) continue;
         step(0);
+        ids.clear();
+        for (uint32_t id = page * PAGE; id < std::min<size_t>(top_, (page + 1) * PAGE); id++)
+            if (sets_.mask(set_[id], number)) ids.push_back(id);
+        for (const uint32_t id : ids) table_.prefetch(table_.place(hashes_[id]));
+        for (const uint32_t id : ids) {
+            give_set(id, sets_.with(set_[id], number, 0));
+            if (set_[id] == EMPTY) vacate(id);
+        }
     }
     states_[number] = CLEAN;
     return gone.count;
@@ -235,8 +221,9 @@ void Tree::vacate(uint32_t id) {
 
 // Move the last nodes into holes, a few at a time, so that memory goes back when blocks have gone in any order.
 void Tree::compact() {
-    for (int moves = 0; moves < 4 && top_ - nodes_ > KEPT && top_ - nodes_ > top_ / 3; moves++) {
+    for (int moves = 0; moves < 4 && top_ - nodes_ > KEPT && top_ - nodes_ > top_ / 2; moves++) {
         const uint32_t from = top_ - 1;
+        table_.prefetch(table_.place(hashes_[from - std::min(from, AHEAD)]));
         if (children_.size(from) > STEP) return;  // too much for one step
         const uint32_t to = free_id();
         nodes_++;
@@ -251,12 +238,14 @@ void Tree::compact() {
             children_.remove(parent, from);
             children_.add(parent, to);
         }
-        for (const uint32_t member : sets_.members(set_[to])) {
-            Worker &worker = workers_[member >> TIERS];
-            worker.first = std::min(worker.first, to);
-        }
+        for (const uint32_t member : sets_.members(set_[to])) mark_page(workers_[member >> TIERS], to);
         leave_id(from);
     }
+}
+
+void Tree::mark_page(Worker &worker, uint32_t id) {
+    if (id / PAGE >= worker.pages.size()) worker.pages.resize(id / PAGE + 1);
+    worker.pages[id / PAGE] = true;
 }
 
 void Tree::give_set(uint32_t id, uint32_t set) {
@@ -318,7 +307,7 @@ void Tree::check() {
             Worker &worker = workers.at(member >> TIERS);
             worker.count++;
             entries++;
-            must(workers_[member >> TIERS].first <= id && id <= workers_[member >> TIERS].last, "a worker's range");
+            must(workers_[member >> TIERS].pages.at(id / PAGE), "a worker's page");
             for (int tier = 0; tier < TIERS; tier++) {
                 if (member >> tier & 1) count_digest(worker, hashes_[id], tier, true);
                 const uint32_t above = parent == id ? 7 : levels_at(parent, member >> TIERS);

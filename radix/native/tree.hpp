@@ -71,6 +71,8 @@ class Tree {
     static constexpr uint32_t EMPTY = HolderSets::EMPTY;
     static constexpr size_t STEP = 128;         // blocks between two looks at who waits
     static constexpr size_t SLICE = (1 << 14) / RADIX_SHRINK;  // nodes, in scans
+    static constexpr uint32_t PAGE = 256 / RADIX_SHRINK;       // ids, of a worker's map of where its nodes are
+    static constexpr uint32_t AHEAD = 16;
     static constexpr size_t KEPT = (1 << 16) / RADIX_SHRINK;   // free ids that are left free
     static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
     enum State : uint8_t { CLEAN = 0, HOLES = 1, LEAVING = 2 };
@@ -79,7 +81,7 @@ class Tree {
         Digest digest{};
         uint64_t refused = 0;
         uint32_t count = 0;
-        uint32_t first = NONE, last = 0;           // all its nodes are between these
+        std::vector<bool> pages;                   // of PAGE ids: where its nodes are, or were
         std::array<uint32_t, TIERS> orphans{};     // blocks whose parent it does not hold, by level
         bool irregular = false;                    // has stored a block under another parent than the block has
     };
@@ -112,6 +114,7 @@ class Tree {
     void vacate(uint32_t id);
     void compact();
     void give_set(uint32_t id, uint32_t set);
+    static void mark_page(Worker &worker, uint32_t id);
     void change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, uint32_t now);
     static void count_digest(Worker &worker, uint64_t hash, int tier, bool add);
     void prefetch(const uint64_t *hashes, uint64_t *places, size_t count) const;

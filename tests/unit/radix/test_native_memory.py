@@ -48,7 +48,7 @@ def test_every_block_is_found_while_the_table_grows_and_shrinks() -> None:
 
 
 def test_memory_goes_back_when_blocks_go_in_any_order() -> None:
-    """Of a tree of 2 million blocks nine in ten go: a fifth stays, as parents of others count, and some pages of slack."""
+    """Of 2 million blocks nine in ten go: a fifth stays, with the parents of others, and some pages of slack."""
     tree = native.NativeTree()
     stored = chains(31_250, seed=3)
     blocks = np.concatenate(stored)

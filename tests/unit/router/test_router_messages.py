@@ -43,25 +43,13 @@ def test_a_prompt_is_hashed_under_the_fleets_secret_and_the_salt_does_not_tell_i
     card = ModelCard("m", max_model_len=100, vocab_size=100, block_size=4, tokenizer_sha256="")
     request = build_request(token_ids=list(range(9)))
     open_keys, keys = (
-        prepare(request, card, None, streamed=True, secret=each) for each in (b"", b"the fleet's secret")
+        prepare(request, card, None, each, streamed=True) for each in (b"", b"the fleet's secret")
     )
     expected = BlockHasher(4, derive_salt("m"), b"the fleet's secret").keys(range(9))
     assert keys.message.block_keys == expected.tobytes()
     assert keys.route.hashes.tolist() == hashes_of(expected).tolist()
     assert keys.message.salt == open_keys.message.salt == derive_salt("m")
     assert open_keys.message.block_keys == BlockHasher(4, derive_salt("m")).keys(range(9)).tobytes()
-
-
-def test_the_secret_is_the_environments_unless_it_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The router's and the worker's come from the same place."""
-    card = ModelCard("m", max_model_len=100, vocab_size=100, block_size=4, tokenizer_sha256="")
-    request = build_request(token_ids=list(range(9)))
-    monkeypatch.setenv(SECRET_VARIABLE, "a secret of the fleet")
-    from_environment = prepare(request, card, None, streamed=True)
-    given = prepare(request, card, None, streamed=True, secret=b"a secret of the fleet")
-    assert from_environment.message.block_keys == given.message.block_keys
-    monkeypatch.delenv(SECRET_VARIABLE)
-    assert prepare(request, card, None, streamed=True).message.block_keys != given.message.block_keys
 
 
 def test_bytes_that_are_no_message_are_refused() -> None:
