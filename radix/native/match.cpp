@@ -19,11 +19,11 @@ void Tree::probe(const uint64_t *hashes, Point *points, size_t count) const {
         for (size_t i = 0; i < n; i++)
             if (const uint32_t id = table_.guess(places[i]); id != NONE) {
                 __builtin_prefetch(&hashes_[id]);
-                __builtin_prefetch(&set_[id]);
+                __builtin_prefetch(&nodes_[id]);
             }
         for (size_t i = 0; i < n; i++) {
             const uint32_t id = table_.find(places[i], hashes[part[i].at]);
-            part[i].set = id == NONE ? EMPTY : set_[id];
+            part[i].set = id == NONE ? EMPTY : nodes_[id].set;
         }
     }
 }
@@ -165,7 +165,7 @@ std::vector<uint64_t> Tree::blocks(uint32_t number) const {
     std::vector<uint64_t> found;
     if (!count(number)) return found;
     scan([&](uint32_t id) {
-        if (sets_.mask(set_[id], number)) found.push_back(hashes_[id]);
+        if (sets_.mask(nodes_[id].set, number)) found.push_back(hashes_[id]);
     });
     std::sort(found.begin(), found.end());
     return found;
@@ -176,7 +176,7 @@ std::vector<uint32_t> Tree::holders(uint64_t hash) const {
     std::vector<uint32_t> found;
     const uint32_t id = hash == ROOT_HASH ? NONE : find(hash);
     if (id != NONE)
-        for (const uint32_t member : sets_.members(set_[id]))
+        for (const uint32_t member : sets_.members(nodes_[id].set))
             if (states_[member >> TIERS] != LEAVING) found.push_back(member >> TIERS);
     return found;
 }
@@ -185,12 +185,12 @@ std::vector<uint64_t> Tree::children(uint64_t hash) const {
     std::vector<uint64_t> found;
     if (hash == ROOT_HASH) {
         scan([&](uint32_t id) {
-            if (parents_[id] == ROOT) found.push_back(hashes_[id]);
+            if (nodes_[id].parent == ROOT) found.push_back(hashes_[id]);
         });
     } else {
         Reading reading(lock_);
         const uint32_t id = find(hash);
-        if (id != NONE) children_.for_each(id, [&](uint32_t child) { found.push_back(hashes_[child]); });
+        if (id != NONE) children_.for_each(nodes_[id].children, [&](uint32_t child) { found.push_back(hashes_[child]); });
     }
     std::sort(found.begin(), found.end());
     return found;
@@ -203,8 +203,8 @@ Heat Tree::heat() const {
         if (end == ROOT_HASH) continue;
         heat.records.push_back(end);
         Reading reading(lock_);
-        for (uint32_t id = find(end), up; id < ROOT && set_[id] != EMPTY; id = up) {
-            up = parents_[id];
+        for (uint32_t id = find(end), up; id < ROOT && nodes_[id].set != EMPTY; id = up) {
+            up = nodes_[id].parent;
             if (!heat.parents.emplace(hashes_[id], up == ROOT ? ROOT_HASH : hashes_[up]).second) break;
         }
     }
@@ -215,7 +215,7 @@ Dumped Tree::dump() {
     Dumped all;
     std::vector<uint32_t> rows(sets_.size(), NONE);
     for (uint32_t id = 0; id < top_; id++) {
-        const uint32_t set = set_[id];
+        const uint32_t set = nodes_[id].set;
         if (set == EMPTY) continue;
         if (rows[set] == NONE) {
             rows[set] = static_cast<uint32_t>(all.set_ends.size());
@@ -223,7 +223,7 @@ Dumped Tree::dump() {
             all.set_ends.push_back(static_cast<uint32_t>(all.members.size()));
         }
         all.hashes.push_back(hashes_[id]);
-        all.parents.push_back(parents_[id] == ROOT ? ROOT_HASH : hashes_[parents_[id]]);
+        all.parents.push_back(nodes_[id].parent == ROOT ? ROOT_HASH : hashes_[nodes_[id].parent]);
         all.holder_sets.push_back(rows[set]);
     }
     return all;

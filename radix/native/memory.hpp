@@ -19,15 +19,16 @@ namespace radix {
 template <class T> class Region {
   public:
     explicit Region(size_t capacity) : bytes_((capacity * sizeof(T) + PAGE - 1) / PAGE * PAGE) {
-        void *at = mmap(nullptr, bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (at == MAP_FAILED) throw std::bad_alloc();
-        items_ = static_cast<T *>(at);
+        mapped_ = mmap(nullptr, bytes_ + HUGE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+        if (mapped_ == MAP_FAILED) throw std::bad_alloc();
+        char *const at = static_cast<char *>(mapped_) + (-reinterpret_cast<uintptr_t>(mapped_) & (HUGE - 1));
+        items_ = reinterpret_cast<T *>(at);
 #ifdef MADV_HUGEPAGE
         // Probes are random: with small pages each would miss the TLB, too. Small trees stay small.
-        if (bytes_ > HUGE) madvise(static_cast<char *>(at) + HUGE, bytes_ - HUGE, MADV_HUGEPAGE);
+        if (bytes_ > HUGE) madvise(at + HUGE, bytes_ - HUGE, MADV_HUGEPAGE);
 #endif
     }
-    ~Region() { munmap(items_, bytes_); }
+    ~Region() { munmap(mapped_, bytes_ + HUGE); }
     Region(const Region &) = delete;
     Region &operator=(const Region &) = delete;
 
@@ -54,7 +55,8 @@ template <class T> class Region {
   private:
     static constexpr size_t PAGE = 4096, HUGE = (2 << 20) / RADIX_SHRINK;
     char *bytes() { return reinterpret_cast<char *>(items_); }
-    T *items_;
+    void *mapped_;
+    T *items_;  // at the start of a huge page
     size_t bytes_, committed_ = 0;
 };
 

@@ -6,7 +6,7 @@ namespace radix {
 Tree::Tree(uint64_t max_blocks, uint64_t max_blocks_per_worker, uint64_t seed)
     : max_blocks_(max_blocks), max_blocks_per_worker_(max_blocks_per_worker),
       capacity_(2 * max_blocks),  // a held block may bring one that is not: its parent
-      hashes_(capacity_), set_(capacity_), parents_(capacity_), children_(capacity_), free_(capacity_),
+      hashes_(capacity_), nodes_(capacity_), free_(capacity_),
       table_(hashes_, capacity_, seed), sets_(capacity_, ~seed) {}
 
 // All the cache misses of a step at once. Inline: GCC takes a function that only prefetches for one without effect.
@@ -17,9 +17,7 @@ RADIX_INLINE void Tree::prefetch(const uint64_t *hashes, uint64_t *places, size_
         const uint32_t id = table_.guess(places[i]);
         if (id == NONE) continue;
         __builtin_prefetch(&hashes_[id]);
-        __builtin_prefetch(&set_[id]);
-        __builtin_prefetch(&parents_[id]);
-        children_.prefetch(id);
+        __builtin_prefetch(&nodes_[id]);
     }
 }
 
@@ -36,7 +34,7 @@ size_t Tree::store(uint32_t number, const uint64_t *hashes, size_t count, uint64
             prefetch(hashes + i, places, std::min(STEP, count - i));
         }
         uint32_t id = table_.find(places[i % STEP], hashes[i]);
-        const uint32_t mask = id == NONE ? 0 : sets_.mask(set_[id], number);
+        const uint32_t mask = id == NONE ? 0 : sets_.mask(nodes_[id].set, number);
         const bool full = worker.count >= max_blocks_per_worker_ || entries_ >= max_blocks_;
         if (!mask && full) {
             worker.refused++;
@@ -68,7 +66,7 @@ size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int t
             prefetch(hashes + i, places, std::min(STEP, count - i));
         }
         const uint32_t id = table_.find(places[i % STEP], hashes[i]);
-        const uint32_t mask = id == NONE ? 0 : sets_.mask(set_[id], number);
+        const uint32_t mask = id == NONE ? 0 : sets_.mask(nodes_[id].set, number);
         if (!(mask >> tier & 1)) continue;
         const uint32_t left = mask & ~(1u << tier);
         change(number, worker, id, mask, left);
@@ -80,7 +78,7 @@ size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int t
             worker.irregular = false;
             states_[number] = CLEAN;
         }
-        if (set_[id] == EMPTY) {
+        if (nodes_[id].set == EMPTY) {
             vacate(id);
             compact();
         }
@@ -100,11 +98,11 @@ size_t Tree::clear(uint32_t number) {
         step(0);
         ids.clear();
         for (uint32_t id = page * PAGE; id < std::min<size_t>(top_, (page + 1) * PAGE); id++)
-            if (sets_.mask(set_[id], number)) ids.push_back(id);
+            if (sets_.mask(nodes_[id].set, number)) ids.push_back(id);
         for (const uint32_t id : ids) table_.prefetch(table_.place(hashes_[id]));
         for (const uint32_t id : ids) {
-            give_set(id, sets_.with(set_[id], number, 0));
-            if (set_[id] == EMPTY) vacate(id);
+            give_set(id, sets_.with(nodes_[id].set, number, 0));
+            if (nodes_[id].set == EMPTY) vacate(id);
         }
     }
     states_[number] = CLEAN;
@@ -133,16 +131,13 @@ void Tree::step(size_t blocks) {
 
 bool Tree::committed(size_t blocks) const {
     const size_t end = top_ + 2 * blocks;  // a block may bring one more: its parent
-    return hashes_.committed(end) && set_.committed(end) && parents_.committed(end) && children_.committed(end) &&
-           table_.committed(2 * blocks);
+    return hashes_.committed(end) && nodes_.committed(end) && table_.committed(2 * blocks);
 }
 
 void Tree::commit(size_t blocks) {
     const size_t end = top_ + 2 * blocks;
     hashes_.commit(end);
-    set_.commit(end);
-    parents_.commit(end);
-    children_.commit(end);
+    nodes_.commit(end);
     table_.commit(2 * blocks);
 }
 
@@ -156,15 +151,15 @@ Tree::Worker &Tree::worker(uint32_t number) {
 
 // The node of a block that `worker` is about to hold: below `above`, whose hash is `parent`, if it is new.
 uint32_t Tree::place(Worker &worker, uint32_t id, uint64_t hash, uint32_t above, uint64_t parent) {
-    if (id != NONE && set_[id] != EMPTY) {
-        if (parents_[id] != above) worker.irregular = true;
+    if (id != NONE && nodes_[id].set != EMPTY) {
+        if (nodes_[id].parent != above) worker.irregular = true;
         return id;
     }
     if (id == NONE) id = make_node(hash);
     if (above == NONE) above = find(parent);
     if (above == NONE) above = make_node(parent);  // nobody holds it: it is there for its children
-    parents_[id] = above;
-    if (above < ROOT) children_.add(above, id);
+    nodes_[id].parent = above;
+    if (above < ROOT) children_.add(nodes_[above].children, id);
     return id;
 }
 
@@ -177,10 +172,10 @@ uint32_t Tree::free_id() {  // below top_; NONE when all are in use
 uint32_t Tree::make_node(uint64_t hash) {
     uint32_t id = free_id();
     if (id == NONE) id = top_++;
-    nodes_++;
+    used_++;
     hashes_[id] = hash;
-    set_[id] = EMPTY;
-    parents_[id] = NONE;
+    nodes_[id].set = EMPTY;
+    nodes_[id].parent = NONE;
     table_.insert(table_.place(hash), id);
     return id;
 }
@@ -191,10 +186,10 @@ void Tree::free_node(uint32_t id) {
 }
 
 void Tree::leave_id(uint32_t id) {
-    nodes_--;
+    used_--;
     hashes_[id] = ROOT_HASH;
-    set_[id] = EMPTY;
-    parents_[id] = NONE;
+    nodes_[id].set = EMPTY;
+    nodes_[id].parent = NONE;
     if (id + 1 < top_) {
         free_.commit(stacked_ + 1);
         free_[stacked_++] = id;
@@ -202,43 +197,39 @@ void Tree::leave_id(uint32_t id) {
     while (top_ && is_free(top_ - 1)) top_--;
     if (!top_) stacked_ = 0;
     hashes_.trim(top_);
-    set_.trim(top_);
-    parents_.trim(top_);
-    children_.trim(top_);
+    nodes_.trim(top_);
     free_.trim(stacked_);
 }
 
 // Nobody holds the block any more. Its node stays while it has children.
 void Tree::vacate(uint32_t id) {
-    const uint32_t parent = parents_[id];
-    parents_[id] = NONE;
+    const uint32_t parent = nodes_[id].parent;
+    nodes_[id].parent = NONE;
     if (parent < ROOT) {
-        children_.remove(parent, id);
-        if (parent != id && set_[parent] == EMPTY && children_.empty(parent)) free_node(parent);
+        children_.remove(nodes_[parent].children, id);
+        if (parent != id && nodes_[parent].set == EMPTY && children_.empty(nodes_[parent].children)) free_node(parent);
     }
-    if (children_.empty(id)) free_node(id);
+    if (children_.empty(nodes_[id].children)) free_node(id);
 }
 
 // Move the last nodes into holes, a few at a time, so that memory goes back when blocks have gone in any order.
 void Tree::compact() {
-    for (int moves = 0; moves < 4 && top_ - nodes_ > KEPT && top_ - nodes_ > top_ / 2; moves++) {
+    for (int moves = 0; moves < 4 && top_ - used_ > KEPT && top_ - used_ > top_ / 2; moves++) {
         const uint32_t from = top_ - 1;
         table_.prefetch(table_.place(hashes_[from - std::min(from, AHEAD)]));
-        if (children_.size(from) > STEP) return;  // too much for one step
+        if (children_.size(nodes_[from].children) > STEP) return;  // too much for one step
         const uint32_t to = free_id();
-        nodes_++;
+        used_++;
         hashes_[to] = hashes_[from];
-        set_[to] = set_[from];
+        nodes_[to] = std::exchange(nodes_[from], {EMPTY, NONE, 0});
         table_.rename(table_.place(hashes_[from]), from, to);
-        children_.move(from, to);
-        children_.for_each(to, [&](uint32_t child) { parents_[child] = to; });
-        const uint32_t parent = parents_[from] == from ? to : parents_[from];
-        parents_[to] = parent;
-        if (parent < ROOT) {
-            children_.remove(parent, from);
-            children_.add(parent, to);
+        children_.for_each(nodes_[to].children,
+                           [&](uint32_t child) { nodes_[child == from ? to : child].parent = to; });
+        if (const uint32_t parent = nodes_[to].parent; parent < ROOT) {
+            children_.remove(nodes_[parent].children, from);
+            children_.add(nodes_[parent].children, to);
         }
-        for (const uint32_t member : sets_.members(set_[to])) mark_page(workers_[member >> TIERS], to);
+        for (const uint32_t member : sets_.members(nodes_[to].set)) mark_page(workers_[member >> TIERS], to);
         leave_id(from);
     }
 }
@@ -250,8 +241,8 @@ void Tree::mark_page(Worker &worker, uint32_t id) {
 
 void Tree::give_set(uint32_t id, uint32_t set) {
     sets_.hold(set);
-    sets_.drop(set_[id]);
-    set_[id] = set;
+    sets_.drop(nodes_[id].set);
+    nodes_[id].set = set;
 }
 
 // The tiers in which a worker holds a block change from `mask` to `now`. Keeps count of its orphans: a worker that has
@@ -262,13 +253,13 @@ void Tree::change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, u
     auto count = [&](uint32_t bits, int by) {
         for (int level = 0; bits >> level; level++) worker.orphans[level] += (bits >> level & 1) * by;
     };
-    if (parents_[id] != id && (gained || orphaned))
-        count((gained | lost) & ~levels_at(parents_[id], number), gained ? 1 : -1);
+    if (nodes_[id].parent != id && (gained || orphaned))
+        count((gained | lost) & ~levels_at(nodes_[id].parent, number), gained ? 1 : -1);
     if (lost || (gained && orphaned))
-        children_.for_each(id, [&](uint32_t child) {
+        children_.for_each(nodes_[id].children, [&](uint32_t child) {
             if (child != id) count((gained | lost) & levels_at(child, number), gained ? -1 : 1);
         });
-    give_set(id, sets_.with(set_[id], number, now));
+    give_set(id, sets_.with(nodes_[id].set, number, now));
     const bool holes = worker.irregular || worker.orphans[0] || worker.orphans[1] || worker.orphans[TIERS - 1];
     states_[number] = holes ? HOLES : CLEAN;
 }
@@ -288,17 +279,17 @@ void Tree::check() {
     std::vector<Worker> workers(workers_.size());
     size_t entries = 0, children = 0, linked = 0, ids = 0;
     for (uint32_t id = 0; id < top_; id++) {
-        const uint32_t set = set_[id], parent = parents_[id];
+        const uint32_t set = nodes_[id].set, parent = nodes_[id].parent;
         if (is_free(id)) {
-            must(set == EMPTY && parent == NONE && children_.empty(id), "a free node is blank");
+            must(set == EMPTY && parent == NONE && children_.empty(nodes_[id].children), "a free node is blank");
             continue;
         }
         ids++;
         must(find(hashes_[id]) == id, "a node is found by its hash");
         must((set == EMPTY) == (parent == NONE), "a held block has a parent, another has none");
-        must(set != EMPTY || !children_.empty(id), "a block that nobody holds has children");
-        children_.for_each(id, [&](uint32_t child) {
-            must(child < top_ && parents_[child] == id, "a child's parent is the one that has it");
+        must(set != EMPTY || !children_.empty(nodes_[id].children), "a block that nobody holds has children");
+        children_.for_each(nodes_[id].children, [&](uint32_t child) {
+            must(child < top_ && nodes_[child].parent == id, "a child's parent is the one that has it");
             children++;
         });
         linked += parent < ROOT;
@@ -317,7 +308,7 @@ void Tree::check() {
     }
     must(entries == entries_, "the number of entries");
     must(children == linked, "each linked block is a child");
-    must(ids == nodes_ && (!top_ || !is_free(top_ - 1)), "the number of nodes");
+    must(ids == used_ && (!top_ || !is_free(top_ - 1)), "the number of nodes");
     for (uint32_t set = 1; set < sets_.size(); set++) must(blocks[set] == sets_.blocks(set), "a set's blocks");
     for (uint32_t number = 0; number < workers_.size(); number++) {
         const Worker &is = workers_[number], &should = workers[number];

@@ -77,6 +77,11 @@ class Tree {
     static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
     enum State : uint8_t { CLEAN = 0, HOLES = 1, LEAVING = 2 };
 
+    struct Node {
+        uint32_t set;       // of holders
+        uint32_t parent;    // an id, ROOT, or NONE while nobody holds the block
+        uint32_t children;  // a Children::Link
+    };
     struct Worker {
         Digest digest{};
         uint64_t refused = 0;
@@ -99,7 +104,7 @@ class Tree {
     }
     uint32_t find(uint64_t hash) const { return table_.find(table_.place(hash), hash); }
     uint32_t levels_at(uint32_t id, uint32_t number) const {
-        return id == ROOT ? 7 : id == NONE ? 0 : levels(sets_.mask(set_[id], number));
+        return id == ROOT ? 7 : id == NONE ? 0 : levels(sets_.mask(nodes_[id].set, number));
     }
 
     void step(size_t blocks);
@@ -127,10 +132,10 @@ class Tree {
     const uint64_t max_blocks_, max_blocks_per_worker_;
     const size_t capacity_;
     Region<uint64_t> hashes_;
-    Region<uint32_t> set_, parents_;
+    Region<Node> nodes_;
     Children children_;
     Region<uint32_t> free_;  // a stack of ids that were free when they were put on it
-    uint32_t stacked_ = 0, nodes_ = 0;
+    uint32_t stacked_ = 0, used_ = 0;
     uint32_t top_ = 0;       // ids in use are below
     Table table_;
     HolderSets sets_;
