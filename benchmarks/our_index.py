@@ -111,8 +111,8 @@ class OurIndex:
         return times
 
     def lookup(self, queries: Sequence[Any]) -> None:
-        for matches in self.tree.match_many(queries):
-            _workers, _depths = matches.workers, matches.depths
+        matches = self.tree.match_many(queries)
+        _ends, _workers, _depths = matches.ends, matches.workers, matches.depths
 
     def depths(self, query: Any) -> dict[int, int]:
         return self.tree.match(query).as_dict()

@@ -14,6 +14,7 @@ import grpc
 import typer
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
+from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER, LARGEST_MAX_BLOCKS
 from rhizome.errors import RhizomeError
 
 app = typer.Typer(
@@ -64,6 +65,12 @@ def router(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 7700,
     policy: Annotated[str, typer.Option(help="predicted-ttft or round-robin")] = "predicted-ttft",
+    max_blocks: Annotated[
+        int, typer.Option(min=1, max=LARGEST_MAX_BLOCKS, help="cap of the index: (worker, block) entries in all")
+    ] = DEFAULT_MAX_BLOCKS,
+    max_blocks_per_worker: Annotated[
+        int, typer.Option(min=1, max=LARGEST_MAX_BLOCKS, help="cap of the index: blocks of one worker")
+    ] = DEFAULT_MAX_BLOCKS_PER_WORKER,
     insecure: Insecure = False,
     supervised: Supervised = False,
 ) -> None:
@@ -72,7 +79,15 @@ def router(
     from rhizome.ticket import fleet_secret
     from router.service import running_router
 
-    serving = running_router(host, port, policy=policy, secret=fleet_secret(), insecure=insecure)
+    serving = running_router(
+        host,
+        port,
+        policy=policy,
+        secret=fleet_secret(),
+        insecure=insecure,
+        max_blocks=max_blocks,
+        max_blocks_per_worker=max_blocks_per_worker,
+    )
     asyncio.run(serve_until_stopped(serving, supervised=supervised))
 
 

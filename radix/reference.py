@@ -24,6 +24,7 @@ from radix.tree import (
     Changes,
     Dump,
     HotPrefix,
+    ManyMatches,
     Matches,
     Tier,
 )
@@ -48,6 +49,22 @@ class TreeMatches:
 
     def __len__(self) -> int:
         return len(self.workers)
+
+
+class TreeManyMatches(list[Matches]):
+    """See radix.tree.ManyMatches."""
+
+    @property
+    def ends(self) -> NDArray[np.uint32]:
+        return np.cumsum([len(matches) for matches in self], dtype=np.uint32)
+
+    @property
+    def workers(self) -> NDArray[np.uint32]:
+        return np.concatenate([_small([]), *(matches.workers for matches in self)])
+
+    @property
+    def depths(self) -> NDArray[np.uint32]:
+        return np.concatenate([_small([]), *(matches.depths for matches in self)])
 
 
 class _Worker:
@@ -128,10 +145,10 @@ class ReferenceTree:
                 self._matched.append(query[max(depths.values()) - 1])
         return TreeMatches(_small(workers), _small(rows))
 
-    def match_many(self, queries: Sequence[Hashes]) -> list[Matches]:
+    def match_many(self, queries: Sequence[Hashes]) -> ManyMatches:
         for index, query in enumerate(queries):
             check_hashes(f"queries[{index}]", query)
-        return [self.match(query) for query in queries]
+        return TreeManyMatches(self.match(query) for query in queries)
 
     def digest(self, worker: int) -> bytes:
         check_worker(worker)

@@ -6,7 +6,7 @@ match needs no walk from node to node.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import NamedTuple, Protocol
@@ -64,6 +64,37 @@ class Matches(Protocol):
 
     def __len__(self) -> int:
         """Workers that match."""
+        ...
+
+
+class ManyMatches(Protocol):
+    """The matches of several queries: one by one, as in a sequence, or all in one array."""
+
+    @property
+    def ends(self) -> NDArray[np.uint32]:
+        """Shape (queries,), ascending: query i has the rows ends[i - 1] to ends[i] - 1 of the columns."""
+        ...
+
+    @property
+    def workers(self) -> NDArray[np.uint32]:
+        """Shape (rows,): as in Matches, query after query."""
+        ...
+
+    @property
+    def depths(self) -> NDArray[np.uint32]:
+        """Shape (rows,): as in Matches, query after query."""
+        ...
+
+    def __len__(self) -> int:
+        """Queries."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Matches:
+        """The matches of one query."""
+        ...
+
+    def __iter__(self) -> Iterator[Matches]:
+        """Query after query."""
         ...
 
 
@@ -149,7 +180,7 @@ class PrefixTree(Protocol):
         """
         ...
 
-    def match_many(self, queries: Sequence[Hashes]) -> list[Matches]:
+    def match_many(self, queries: Sequence[Hashes]) -> ManyMatches:
         """`match` of each query, in one call that lets other threads run."""
         ...
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kv_events.view import WorkerView
 from radix.keys import Hashes
+from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
 from rhizome.errors import Overloaded, Unavailable
 from router.fleet import LEASE_S, Fleet, Member, ModelCard, Role, WorkerInfo, WorkerReport
 from router.index import Index
@@ -55,10 +56,18 @@ class Router:
     change (for tests: it visits everything).
     """
 
-    def __init__(self, *, policy: str = PredictedTtft.name, lease_s: float = LEASE_S, validate: bool = False) -> None:
+    def __init__(
+        self,
+        *,
+        policy: str = PredictedTtft.name,
+        lease_s: float = LEASE_S,
+        max_blocks: int = DEFAULT_MAX_BLOCKS,
+        max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
+        validate: bool = False,
+    ) -> None:
         self._policy = find_policy(policy)
         self.fleet = Fleet(lease_s)
-        self.index = Index()
+        self.index = Index(max_blocks, max_blocks_per_worker)
         self.load = Load()
         self.predictions = PredictionCounts()
         self._timings: dict[str, WorkerTiming] = {}

@@ -11,6 +11,7 @@ from typing import NoReturn
 
 import grpc
 
+from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
 from rhizome import rpc, ticket, validate
 from rhizome.errors import Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
@@ -270,15 +271,24 @@ async def running_router(
     secret: bytes = b"",
     insecure: bool = False,
     lease_s: float = LEASE_S,
+    max_blocks: int = DEFAULT_MAX_BLOCKS,
+    max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
     validate: bool = False,
 ) -> AsyncIterator[str]:
     """A serving router; yields its host:port (port 0: a free one).
 
-    Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use. With `secret`
-    only workers that sign their registration join. `validate` checks the core's invariants all the time, for tests.
+    Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use; ValueError for
+    caps of the index out of range. With `secret` only workers that sign their registration join. `validate` checks the
+    core's invariants all the time, for tests.
     """
     rpc.check_bind_host(host, insecure=insecure)
-    router = Router(policy=policy, lease_s=lease_s, validate=validate)
+    router = Router(
+        policy=policy,
+        lease_s=lease_s,
+        max_blocks=max_blocks,
+        max_blocks_per_worker=max_blocks_per_worker,
+        validate=validate,
+    )
     links = Links(router)
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     server.add_generic_rpc_handlers(

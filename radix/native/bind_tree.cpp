@@ -99,13 +99,35 @@ nb::object as_dict(const Matched &matched) {
     return dict;
 }
 
-std::vector<Matched> match_many(const Tree &tree, nb::sequence queries) {
+struct ManyMatched {
+    std::vector<Matched> matches;
+
+    // The rows of all queries in one array: workers (row -1), or depths within a tier.
+    nb::object column(int tier) const {
+        size_t count = 0;
+        for (const Matched &matched : matches) count += matched.count;
+        uint32_t *data;
+        nb::object array = new_array({static_cast<npy_intp>(count)}, NPY_UINT32, &data);
+        for (const Matched &matched : matches) data = std::copy_n(matched.depths(tier), matched.count, data);
+        return array;
+    }
+    nb::object ends() const {
+        uint32_t *data, end = 0;
+        nb::object array = new_array({static_cast<npy_intp>(matches.size())}, NPY_UINT32, &data);
+        for (const Matched &matched : matches) *data++ = end += static_cast<uint32_t>(matched.count);
+        return array;
+    }
+};
+
+ManyMatched match_many(const Tree &tree, nb::sequence queries) {
     std::vector<HashesArgument> arguments;
-    for (nb::handle query : queries) arguments.emplace_back(query, "hashes", HASHES);
-    std::vector<Matched> matches(arguments.size());
+    std::vector<Hashes> hashes;
+    arguments.reserve(nb::len(queries));
+    for (nb::handle query : queries) hashes.push_back(arguments.emplace_back(query, "hashes", HASHES).span());
+    ManyMatched many{std::vector<Matched>(hashes.size())};
     nb::gil_scoped_release released;
-    for (size_t i = 0; i < matches.size(); i++) matches[i] = tree.match(arguments[i].data(), arguments[i].size());
-    return matches;
+    tree.match_many(hashes, many.matches.data());
+    return many;
 }
 
 Tree *make_tree(int64_t max_blocks, int64_t max_blocks_per_worker, nb::object seed) {
@@ -130,6 +152,18 @@ void bind_tree(nb::module_ &module) {
         })
         .def("as_dict", &as_dict)
         .def("__len__", [](const Matched &m) { return m.count; });
+
+    nb::class_<ManyMatched>(module, "ManyMatches")
+        .def_prop_ro("ends", &ManyMatched::ends)
+        .def_prop_ro("workers", [](const ManyMatched &many) { return many.column(-1); })
+        .def_prop_ro("depths", [](const ManyMatched &many) { return many.column(TIERS - 1); })
+        .def("__len__", [](const ManyMatched &many) { return many.matches.size(); })
+        .def("__getitem__", [](const ManyMatched &many, Py_ssize_t at) {
+            if (at < 0) at += static_cast<Py_ssize_t>(many.matches.size());
+            if (at < 0 || static_cast<size_t>(at) >= many.matches.size()) throw nb::index_error();
+            return many.matches[at];
+        }, nb::arg("index"))
+        .def("__iter__", [](nb::handle many) { return nb::steal(PySeqIter_New(many.ptr())); });
 
     nb::class_<Tree>(module, "NativeTree")
         .def(nb::new_(&make_tree), nb::arg("max_blocks") = DEFAULT_MAX_BLOCKS,
@@ -167,13 +201,9 @@ void bind_tree(nb::module_ &module) {
         }, nb::arg("worker"), nb::arg("changes"))
         .def("match", [](const Tree &tree, nb::handle hashes) {
             const HashesArgument blocks(hashes, "hashes", HASHES);
-            return tree.match(blocks.data(), blocks.size());
+            return tree.match(blocks.span());
         }, nb::arg("hashes"))
-        .def("match_many", [](const Tree &tree, nb::sequence queries) {
-            nb::list results;
-            for (Matched &matched : match_many(tree, queries)) results.append(std::move(matched));
-            return results;
-        }, nb::arg("queries"))
+        .def("match_many", &match_many, nb::arg("queries"))
         .def("digest", [](const Tree &tree, int64_t worker) {
             const Digest digest = tree.digest(check_worker(worker));
             return nb::bytes(digest.data(), sizeof digest);

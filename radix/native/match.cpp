@@ -60,19 +60,45 @@ void Tree::search(const uint64_t *hashes, size_t count, Points &points) const {
     }
 }
 
-Matched Tree::match(const uint64_t *hashes, size_t count) const {
+Matched Tree::match(Hashes query) const {
+    Matched matched;
+    match_many({&query, 1}, &matched);
+    return matched;
+}
+
+// Locks and counts for some queries at once: with each, readers would mostly wait for each other's cache lines.
+void Tree::match_many(std::span<const Hashes> queries, Matched *matches) const {
+    uint64_t deepest[WIDTH];
+    for (size_t start = 0; start < queries.size(); start += WIDTH) {
+        uint64_t held = 0;
+        {
+            Reading reading(lock_);
+            for (size_t i = start; i < std::min(queries.size(), start + WIDTH); i++) {
+                matches[i] = lookup(queries[i].data(), queries[i].size());
+                if (!matches[i].count) continue;
+                const uint32_t *depths = matches[i].depths(TIERS - 1);
+                deepest[held++] = queries[i][*std::max_element(depths, depths + matches[i].count) - 1];
+            }
+        }
+        if (!held) continue;
+        const uint64_t first = matches_.fetch_add(held, std::memory_order_relaxed);
+        for (size_t i = 0; i < held; i++)
+            recent_[(first + i) % HEAT_WINDOW].store(deepest[i], std::memory_order_relaxed);
+    }
+}
+
+Matched Tree::lookup(const uint64_t *hashes, size_t count) const {
     static thread_local Points points;
     static thread_local std::vector<uint32_t> holed;
     Matched matched;
     if (!count) return matched;
-    Reading reading(lock_);
     search(hashes, count, points);
     const Members first = sets_.members(points[0].set);
     for (const uint32_t member : first) matched.count += states_[member >> TIERS] != LEAVING;
     if (!matched.count) return matched;
     matched.rows.resize((1 + TIERS) * matched.count);
     holed.clear();
-    uint32_t *workers = matched.rows.data(), row = 0, deepest = 0;
+    uint32_t *workers = matched.rows.data(), row = 0;
     for (const uint32_t member : first) {
         const uint8_t state = states_[member >> TIERS];
         if (state == LEAVING) continue;
@@ -92,10 +118,6 @@ Matched Tree::match(const uint64_t *hashes, size_t count) const {
         }
     }
     if (!holed.empty()) rescan(hashes, count, holed, matched);
-    const uint32_t *depths = matched.depths(TIERS - 1);
-    deepest = *std::max_element(depths, depths + matched.count);
-    const uint64_t number = matches_.fetch_add(1, std::memory_order_relaxed);
-    recent_[number % HEAT_WINDOW].store(hashes[deepest - 1], std::memory_order_relaxed);
     return matched;
 }
 

@@ -22,6 +22,7 @@ constexpr size_t HEAT_WINDOW = 4096;
 constexpr uint64_t DEFAULT_MAX_BLOCKS = 1 << 26, DEFAULT_MAX_BLOCKS_PER_WORKER = 1 << 24, LARGEST_MAX_BLOCKS = 1 << 29;
 constexpr uint64_t TIER_SALTS[TIERS] = {0, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB};  // radix.digest
 
+using Hashes = std::span<const uint64_t>;
 using Digest = std::array<uint64_t, 2>;
 
 struct Matched {  // rows of `count`: workers, then their depth within the device, device and host, all tiers
@@ -53,7 +54,8 @@ class Tree {
     void apply(uint32_t number, const Changes &changes);
 
     // Readers.
-    Matched match(const uint64_t *hashes, size_t count) const;
+    Matched match(Hashes query) const;
+    void match_many(std::span<const Hashes> queries, Matched *matches) const;
     Digest digest(uint32_t number) const;
     size_t count(uint32_t number) const;
     size_t refused(uint32_t number) const;
@@ -71,7 +73,7 @@ class Tree {
     static constexpr uint32_t EMPTY = HolderSets::EMPTY;
     static constexpr size_t STEP = 128;         // blocks between two looks at who waits
     static constexpr size_t SLICE = (1 << 14) / RADIX_SHRINK;  // nodes, in scans
-    static constexpr uint32_t PAGE = 256 / RADIX_SHRINK;       // ids, of a worker's map of where its nodes are
+    static constexpr uint32_t PAGE = 256;                      // ids, of a worker's map of where its nodes are
     static constexpr uint32_t AHEAD = 16;
     static constexpr size_t KEPT = (1 << 16) / RADIX_SHRINK;   // free ids that are left free
     static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
@@ -124,6 +126,7 @@ class Tree {
     static void count_digest(Worker &worker, uint64_t hash, int tier, bool add);
     void prefetch(const uint64_t *hashes, uint64_t *places, size_t count) const;
 
+    Matched lookup(const uint64_t *hashes, size_t count) const;
     void probe(const uint64_t *hashes, Point *points, size_t count) const;
     void search(const uint64_t *hashes, size_t count, Points &points) const;
     void rescan(const uint64_t *hashes, size_t count, const std::vector<uint32_t> &rows, Matched &matched) const;

@@ -81,7 +81,17 @@ def test_many_queries_in_one_call(tree: PrefixTree) -> None:
         {1: 2, 2: 1},
         {1: 4, 2: 1},
     ]
-    assert tree.match_many([]) == []
+    many = tree.match_many(queries)
+    assert len(many) == len(queries)
+    assert many.ends.dtype == many.workers.dtype == many.depths.dtype == np.uint32
+    for index, end in enumerate(many.ends.tolist()):
+        rows = slice(many.ends[index - 1] if index else 0, end)
+        assert many.workers[rows].tolist() == many[index].workers.tolist() == many[index - len(many)].workers.tolist()
+        assert many.depths[rows].tolist() == many[index].depths.tolist()
+    with pytest.raises(IndexError):
+        many[len(many)]
+    nothing = tree.match_many([])
+    assert len(nothing) == len(list(nothing)) == len(nothing.ends) == len(nothing.workers) == len(nothing.depths) == 0
     with pytest.raises(TypeError, match="one-dimensional array of uint64"):
         tree.match_many([ABCD, [1]])
 

@@ -3,7 +3,7 @@
 // Blocks are those of a fixed forest, where each has one true parent. Stores may lie about parents, queries may not: a
 // query is a chain. A byte that is missing is 0, and a stream ends where an operation would begin.
 #pragma once
-#include <map>
+#include <unordered_map>
 
 #include "model.hpp"
 
@@ -39,7 +39,7 @@ class Forest {
     static uint64_t unknown(uint64_t i) { return mixed(uint64_t(0xffff) << 32 | i); }
 
     Hashes chains[CHAINS];
-    std::map<uint64_t, uint64_t> parents;  // the true ones
+    std::unordered_map<uint64_t, uint64_t> parents;  // the true ones
 
   private:
     static uint64_t table_place(uint64_t hash) {  // that of radix::Table; without it there is no crowd, no more

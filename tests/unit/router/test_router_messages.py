@@ -10,7 +10,6 @@ from radix.hashing import BlockHasher, derive_salt
 from radix.keys import hashes_of
 from rhizome.errors import InvalidRequest
 from rhizome.rpc import parse
-from rhizome.ticket import SECRET_VARIABLE
 from rhizome.v1 import fleet_pb2, generation_pb2, router_pb2, worker_pb2
 from router.client import Completion, build_request
 from router.fleet import ModelCard, Role, WorkerReport
@@ -42,9 +41,7 @@ def test_a_prompt_is_hashed_under_the_fleets_secret_and_the_salt_does_not_tell_i
     """Clients in direct mode see the salt: it is made of public names, and computes nobody's keys."""
     card = ModelCard("m", max_model_len=100, vocab_size=100, block_size=4, tokenizer_sha256="")
     request = build_request(token_ids=list(range(9)))
-    open_keys, keys = (
-        prepare(request, card, None, each, streamed=True) for each in (b"", b"the fleet's secret")
-    )
+    open_keys, keys = (prepare(request, card, None, each, streamed=True) for each in (b"", b"the fleet's secret"))
     expected = BlockHasher(4, derive_salt("m"), b"the fleet's secret").keys(range(9))
     assert keys.message.block_keys == expected.tobytes()
     assert keys.route.hashes.tolist() == hashes_of(expected).tolist()
