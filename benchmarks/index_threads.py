@@ -19,7 +19,7 @@ from benchmarks.report import AT_LEAST, AT_MOST, Row, number
 from benchmarks.workload import Run, Workload, chain_at, removals, stores
 from radix.keys import ROOT_HASH
 
-BATCH = 16  # queries of ours in one call: enough that the work outweighs taking the interpreter's lock again
+BATCH = 32  # queries of ours in one call: enough that the work outweighs taking the interpreter's lock again
 BLOCKS, HOLDERS = 512, 8  # of the queries
 WORKERS = 64
 PACE = 200_000  # blocks a second

@@ -20,6 +20,7 @@ tokens before they reuse a block (worker.prefix_cache), and take keys from nobod
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -63,6 +64,9 @@ def as_tokens(tokens: ArrayLike) -> Tokens:
     return array.astype(np.uint32)
 
 
+_block_keys: Callable[..., BlockKeys] = (native or siphash).block_keys
+
+
 class BlockHasher:
     """Turns tokens into block keys for one block size, one salt and one fleet."""
 
@@ -89,6 +93,7 @@ class BlockHasher:
         `parent` is the key, shape (2,), of the block before `tokens`; None at the start of a prompt. So a growing
         conversation hashes only what is new. Raises TypeError or ValueError for what is not a token or a key.
         """
-        core: Any = native or siphash
-        keys: BlockKeys = core.block_keys(as_tokens(tokens), self.block_size, self._key_low, self._key_high, parent)
-        return keys
+        plain = None if native is None else native.as_tokens(tokens)
+        if plain is None:
+            plain = as_tokens(tokens)
+        return _block_keys(plain, self.block_size, self._key_low, self._key_high, parent)

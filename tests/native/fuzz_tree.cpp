@@ -17,6 +17,7 @@ void must(bool holds, const char *what) {
 }
 
 template <class T> void print(const T &values) {
+    if (!printing) return;
     for (const auto value : values) std::printf(" %llu", static_cast<unsigned long long>(value));
 }
 
@@ -34,7 +35,7 @@ class Pair {  // a tree and its model
             must(tree_.remove(worker, hashes, count, change.tier) == done, "remove");
         else
             must(tree_.clear(worker) == done, "clear");
-        if (printing) std::printf(" %zu", done);
+        ::print(std::array{done});
     }
 
     void apply(uint32_t worker, const std::vector<Change> &changes) {
@@ -53,15 +54,57 @@ class Pair {  // a tree and its model
         tree_.apply(worker, {kinds, tiers, parents, ends, hashes});
     }
 
-    void match(const Hashes &query, int times = 1) {
+    void match(const Hashes &query) {
         const auto expected = model_.match(query);
-        for (; times > 0; times--) match(query, expected);
-        for (const auto &[worker, depths] : expected)
-            if (printing) std::printf(" %u", worker), print(depths);
+        compare(query, expected, tree_.match(query));
+        print(expected);
     }
 
-    void match(const Hashes &query, const std::map<uint32_t, Model::Depths> &expected) {
-        const radix::Matched found = tree_.match(query.data(), query.size());
+    void match_many(const std::vector<Hashes> &queries, size_t count) {  // `count` in all, each as often as the others
+        std::vector<std::map<uint32_t, Model::Depths>> expected;
+        for (const Hashes &query : queries) print(expected.emplace_back(model_.match(query)));
+        std::vector<std::span<const uint64_t>> all;
+        for (size_t i = 0; i < count; i++) all.push_back(queries[i % queries.size()]);
+        std::vector<radix::Matched> found(count);
+        tree_.match_many(all, found.data());
+        for (size_t i = 0; i < count; i++) compare(queries[i % queries.size()], expected[i % queries.size()], found[i]);
+    }
+
+    void look_at(uint64_t hash) {
+        const auto holders = model_.holders(hash);
+        const Hashes children = sorted(model_.children(hash));
+        must(tree_.holders(hash) == holders, "holders");
+        must(tree_.children(hash) == children, "children");
+        ::print(holders);
+        ::print(children);
+    }
+
+    void look() {
+        tree_.check();
+        must(tree_.size() == model_.entries, "entries");
+        for (const auto &[worker, account] : model_.accounts(WORKERS)) {
+            must(tree_.count(worker) == account.count && model_.count(worker) == account.count, "count");
+            must(tree_.refused(worker) == account.refused, "refused");
+            must(tree_.digest(worker) == account.digest, "digest");
+            must(tree_.room(worker) == model_.room(worker), "room");
+            ::print(std::array{account.count, account.refused, model_.room(worker)});
+            ::print(account.digest);
+        }
+        for (const uint32_t worker : {WORKERS[0], WORKERS[5]})
+            must(tree_.blocks(worker) == sorted(model_.held_by(worker)), "blocks");
+        must(tree_.children(0) == sorted(model_.children(0)), "first blocks");
+        look_at_dump(tree_.dump());
+        const radix::Heat heat = tree_.heat();
+        must(sorted(heat.records) == sorted(Hashes(model_.matched.begin(), model_.matched.end())), "what was matched");
+        must(std::map(heat.parents.begin(), heat.parents.end()) == model_.ways_up(), "the ways up from it");
+    }
+
+  private:
+    static void print(const std::map<uint32_t, Model::Depths> &matches) {
+        for (const auto &[worker, depths] : matches) ::print(std::array{worker}), ::print(depths);
+    }
+
+    void compare(const Hashes &query, const std::map<uint32_t, Model::Depths> &expected, const radix::Matched &found) {
         must(found.count == expected.size(), "who matches");
         size_t row = 0;
         for (const auto &[worker, depths] : expected) {
@@ -77,34 +120,6 @@ class Pair {  // a tree and its model
         model_.record(query[*std::max_element(depths, depths + found.count) - 1]);
     }
 
-    void look_at(uint64_t hash) {
-        const auto holders = model_.holders(hash);
-        const Hashes children = sorted(model_.children(hash));
-        must(tree_.holders(hash) == holders, "holders");
-        must(tree_.children(hash) == children, "children");
-        if (printing) print(holders), print(children);
-    }
-
-    void look() {
-        tree_.check();
-        must(tree_.size() == model_.entries, "entries");
-        for (const auto &[worker, account] : model_.accounts(WORKERS)) {
-            must(tree_.count(worker) == account.count && model_.count(worker) == account.count, "count");
-            must(tree_.refused(worker) == account.refused, "refused");
-            must(tree_.digest(worker) == account.digest, "digest");
-            must(tree_.room(worker) == model_.room(worker), "room");
-            if (printing) print(std::array{account.count, account.refused, model_.room(worker)}), print(account.digest);
-        }
-        for (const uint32_t worker : {WORKERS[0], WORKERS[5]})
-            must(tree_.blocks(worker) == sorted(model_.held_by(worker)), "blocks");
-        must(tree_.children(0) == sorted(model_.children(0)), "first blocks");
-        look_at_dump(tree_.dump());
-        const radix::Heat heat = tree_.heat();
-        must(sorted(heat.records) == sorted(Hashes(model_.matched.begin(), model_.matched.end())), "what was matched");
-        must(std::map(heat.parents.begin(), heat.parents.end()) == model_.ways_up(), "the ways up from it");
-    }
-
-  private:
     template <class T> static std::vector<T> sorted(std::vector<T> values) {
         std::sort(values.begin(), values.end());
         return values;
@@ -179,8 +194,10 @@ extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
         } else if (operation < 13) {
             pair.match(stream.query());
         } else if (operation == 13) {
-            const Hashes query = stream.query();
-            pair.match(query, stream.byte() * 8);
+            std::vector<Hashes> queries;
+            for (int i = stream.byte() % 4; i >= 0; i--) queries.push_back(stream.query());
+            const size_t repeats = stream.byte();
+            pair.match_many(queries, queries.size() + (repeats < 240 ? repeats % 16 : repeats * 8));
         } else if (operation == 14) {
             const uint8_t which = stream.byte();
             pair.look_at(which < 8 ? Forest::unknown(which) : stream.block());

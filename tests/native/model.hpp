@@ -7,6 +7,7 @@
 #include <map>
 #include <set>
 #include <span>
+#include <unordered_map>
 #include <vector>
 
 using Hashes = std::vector<uint64_t>;
@@ -141,8 +142,8 @@ class Model {
         return ways;
     }
 
-    std::map<uint64_t, Block> blocks;  // the held ones
-    std::deque<uint64_t> matched;      // the deepest block of each match
+    std::unordered_map<uint64_t, Block> blocks;  // the held ones
+    std::deque<uint64_t> matched;                // the deepest block of each match
     size_t entries = 0;
 
   private:
@@ -150,7 +151,7 @@ class Model {
         const auto at = numbers.find(worker);
         return at == numbers.end() ? 0 : at->second;
     }
-    void leave(std::map<uint64_t, Block>::iterator block, uint32_t worker) {
+    void leave(std::unordered_map<uint64_t, Block>::iterator block, uint32_t worker) {
         block->second.holders.erase(worker);
         if (block->second.holders.empty()) blocks.erase(block);
         counts_[worker]--;

@@ -21,7 +21,7 @@ class Forest {
 
     Forest() {
         for (uint32_t chain = 0; chain < CHAINS; chain++) {
-            const uint32_t length = chain < SHORT ? 240 : chain < CROWD ? 2048 : 1024;
+            const uint32_t length = chain < SHORT ? 240 : chain < CROWD ? 1024 : 512;
             for (uint64_t i = 0, tried = 0; i < length; i++) {
                 uint64_t family = chain, hash;
                 if (chain == CROWD) {
@@ -114,7 +114,7 @@ class Stream {
 
   private:
     size_t place(uint8_t chain, uint8_t at) const {
-        const size_t scale = chain < Forest::SHORT ? 1 : chain < Forest::CROWD ? 8 : 4;
+        const size_t scale = chain < Forest::SHORT ? 1 : chain < Forest::CROWD ? 4 : 2;
         return at * scale % forest_.chains[chain].size();
     }
     Hashes part(uint8_t chain) {

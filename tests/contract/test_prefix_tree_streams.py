@@ -1,0 +1,72 @@
+"""The streams of operations that the fuzzer in tests/native runs, on the trees in Python: the fuzzer's model, the native
+tree and the reference give the same answers."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from radix.reference import ReferenceTree
+from radix.tree import PrefixTree
+from tests.support.prefix_trees import TREES, all_of
+from tests.support.tree_streams import WORKERS, Replay, Stream
+
+ROOT = Path(__file__).parents[2]
+SEEDS = [bytes.fromhex(line) for line in (ROOT / "tests/native/streams.txt").read_text().splitlines()]
+FUZZER = ROOT / "build/fuzz/tree"
+
+
+def random_stream(seed: int) -> bytes:
+    return random.Random(seed).randbytes(300)
+
+
+def replay(make: Callable[..., PrefixTree], data: bytes) -> Replay:
+    return Replay(make(*Stream(data).caps), data)
+
+
+STREAMS = [*SEEDS, *map(random_stream, range(200))]
+
+
+@pytest.mark.skipif("native" not in TREES, reason="no native tree: `make native` builds it")
+def test_native_and_reference_agree_on_the_fuzzers_streams() -> None:
+    """Each answer is the same; where a worker lied about parents, its depths may be larger."""
+    for data in STREAMS:
+        native, reference = replay(TREES["native"], data), replay(ReferenceTree, data)
+        for found, expected in zip(native.answers(), reference.answers(), strict=True):
+            assert len(found) == len(expected)
+            for value, right in zip(found, expected, strict=True):
+                if not isinstance(value, dict) or not isinstance(right, dict):
+                    assert value == right
+                    continue
+                assert value.keys() == right.keys()
+                for worker, depths in right.items():
+                    larger = worker in reference.liars and all(map(int.__ge__, value[worker], depths))
+                    assert value[worker] == depths or larger
+        assert all_of(native.tree, WORKERS) == all_of(reference.tree, WORKERS)
+
+
+@pytest.mark.skipif(not FUZZER.exists(), reason="no fuzzer: `make fuzz` builds it")
+def test_the_fuzzers_model_and_the_reference_agree(tmp_path: Path) -> None:
+    """What the fuzzer holds the native tree to is what the reference does."""
+    files = [tmp_path / f"{i:03}" for i in range(len(STREAMS))]
+    for file, data in zip(files, STREAMS, strict=True):
+        file.write_bytes(data)
+    said = subprocess.run(
+        [FUZZER, *files], env={**os.environ, "RADIX_FUZZ_PRINT": "1"}, capture_output=True, text=True, check=True
+    )
+    models = said.stdout.split("end\n")
+    assert len(models) == len(STREAMS) + 1
+    for data, model in zip(STREAMS, models, strict=False):
+        answers = [" ".join(map(text_of, answer)) for answer in replay(ReferenceTree, data).answers()]
+        assert [line.strip() for line in model.splitlines()] == answers
+
+
+def text_of(answer: int | dict[int, list[int]]) -> str:
+    if isinstance(answer, int):
+        return str(answer)
+    return " ".join(str(number) for worker, depths in answer.items() for number in (worker, *depths))
