@@ -69,6 +69,15 @@ fallback-check:
 	cd build/fallback && export RHIZOME_RADIX= && \
 		venv/bin/python -I ../../tests/support/check_install.py reference && venv/bin/rhizome doctor
 
+# The native core's tests under AddressSanitizer, UBSan and ThreadSanitizer. Wants g++.
+# Then random operations and bytes, for so many seconds each: build/fuzz keeps what was learned. Wants clang++.
+FUZZ_SECONDS ?= 60
+.PHONY: sanitize fuzz
+sanitize: install
+	PATH="$(CURDIR)/$(BIN):$$PATH" tests/native/sanitize.sh $(BIN)/python
+fuzz: install
+	tests/native/fuzz.sh $(BIN)/python $(FUZZ_SECONDS)
+
 # ARGS='--quick', ARGS='--json FILE'. The peer and the plots come with the extra "bench".
 .PHONY: bench-index
 bench-index: native

@@ -8,13 +8,12 @@ import os
 import socket
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import grpc
 import typer
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
-from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER, LARGEST_MAX_BLOCKS
 from rhizome.errors import RhizomeError
 
 app = typer.Typer(
@@ -66,11 +65,11 @@ def router(
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 7700,
     policy: Annotated[str, typer.Option(help="predicted-ttft or round-robin")] = "predicted-ttft",
     max_blocks: Annotated[
-        int, typer.Option(min=1, max=LARGEST_MAX_BLOCKS, help="cap of the index: (worker, block) entries in all")
-    ] = DEFAULT_MAX_BLOCKS,
+        int | None, typer.Option(help="cap of the index: (worker, block) entries in all [default: 67 million]")
+    ] = None,
     max_blocks_per_worker: Annotated[
-        int, typer.Option(min=1, max=LARGEST_MAX_BLOCKS, help="cap of the index: blocks of one worker")
-    ] = DEFAULT_MAX_BLOCKS_PER_WORKER,
+        int | None, typer.Option(help="cap of the index: blocks of one worker [default: 17 million]")
+    ] = None,
     insecure: Insecure = False,
     supervised: Supervised = False,
 ) -> None:
@@ -79,15 +78,9 @@ def router(
     from rhizome.ticket import fleet_secret
     from router.service import running_router
 
-    serving = running_router(
-        host,
-        port,
-        policy=policy,
-        secret=fleet_secret(),
-        insecure=insecure,
-        max_blocks=max_blocks,
-        max_blocks_per_worker=max_blocks_per_worker,
-    )
+    caps = {"max_blocks": max_blocks, "max_blocks_per_worker": max_blocks_per_worker}
+    given: dict[str, Any] = {name: value for name, value in caps.items() if value is not None}
+    serving = running_router(host, port, policy=policy, secret=fleet_secret(), insecure=insecure, **given)
     asyncio.run(serve_until_stopped(serving, supervised=supervised))
 
 

@@ -25,10 +25,11 @@ def check_worker(worker: int) -> None:
         raise ValueError(f"worker is {worker}: 0 to {MAX_WORKERS - 1} are allowed")
 
 
-def check_tier(tier: int) -> None:
-    """Raise ValueError unless this is a tier."""
+def check_tier(tier: int) -> int:
+    """A tier as a plain integer: NumPy's would overflow in bit masks. Raises ValueError for what is none."""
     if not 0 <= tier < len(Tier):
         raise ValueError(f"tier is {tier}: 0 to {len(Tier) - 1} are allowed")
+    return int(tier)
 
 
 def check_hash(field: str, value: int) -> None:

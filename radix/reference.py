@@ -103,14 +103,14 @@ class ReferenceTree:
     def store(self, worker: int, hashes: Hashes, parent: int = ROOT_HASH, tier: int = Tier.DEVICE) -> int:
         check_worker(worker)
         check_hash("parent", parent)
-        check_tier(tier)
+        tier = check_tier(tier)
         check_blocks(hashes)
         with self._lock:
             return self._store(worker, hashes, parent, tier)
 
     def remove(self, worker: int, hashes: Hashes, tier: int = Tier.DEVICE) -> int:
         check_worker(worker)
-        check_tier(tier)
+        tier = check_tier(tier)
         check_hashes("hashes", hashes)
         with self._lock:
             return self._remove(worker, hashes, tier)

@@ -42,6 +42,10 @@ class Index:
         """The view of a worker that was added."""
         return self._views[worker_id]
 
+    def at_cap(self) -> dict[str, int]:
+        """Workers whose views a cap cut short -> how many entries were refused."""
+        return {name: self.tree.refused(view.worker_index) for name, view in self._views.items() if view.truncated}
+
     def match(self, hashes: Hashes) -> dict[str, int]:
         """Worker id -> leading blocks of a prompt that it holds; those that hold none are left out."""
         return {self._names[number]: depth for number, depth in self.tree.match(hashes).as_dict().items()}

@@ -11,9 +11,9 @@ from typing import NoReturn
 
 import grpc
 
-from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
+from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER, LARGEST_MAX_BLOCKS
 from rhizome import rpc, ticket, validate
-from rhizome.errors import Unavailable
+from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import Router
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
@@ -251,9 +251,17 @@ def _handlers(service: RouterService, fleet: FleetService) -> tuple[grpc.Generic
 
 
 async def _expire(router: Router, links: Links) -> NoReturn:
+    at_cap: dict[str, int] = {}
     while True:
         await asyncio.sleep(EXPIRY_INTERVAL_S)
         try:
+            before, at_cap = at_cap, router.index.at_cap()
+            for worker_id in at_cap.keys() - before.keys():
+                logger.warning(
+                    "worker %s: the index is at a cap (--max-blocks, --max-blocks-per-worker): %d blocks left out",
+                    worker_id,
+                    at_cap[worker_id],
+                )
             for info in router.expire(time.monotonic()):
                 logger.warning("worker %s of epoch %d: its lease ran out", info.worker_id, info.epoch)
                 links.retire(info.worker_id)
@@ -277,11 +285,14 @@ async def running_router(
 ) -> AsyncIterator[str]:
     """A serving router; yields its host:port (port 0: a free one).
 
-    Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use; ValueError for
-    caps of the index out of range. With `secret` only workers that sign their registration join. `validate` checks the
+    Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use, caps of the
+    index out of range. With `secret` only workers that sign their registration join. `validate` checks the
     core's invariants all the time, for tests.
     """
     rpc.check_bind_host(host, insecure=insecure)
+    for field, cap in (("max_blocks", max_blocks), ("max_blocks_per_worker", max_blocks_per_worker)):
+        if not 1 <= cap <= LARGEST_MAX_BLOCKS:
+            raise InvalidRequest(field, cap, f"1 to {LARGEST_MAX_BLOCKS}")
     router = Router(
         policy=policy,
         lease_s=lease_s,

@@ -24,13 +24,13 @@ uint32_t check_worker(int64_t worker) {
     return static_cast<uint32_t>(worker);
 }
 
-uint64_t check_hash(const char *field, nb::handle value) {  // any Python integer
-    const uint64_t hash = PyLong_AsUnsignedLongLong(value.ptr());
+uint64_t check_hash(const char *field, nb::handle value) {  // any integer, NumPy's too
+    const nb::object number = nb::steal(PyNumber_Index(value.ptr()));
+    if (!number.is_valid()) throw nb::python_error();
+    const uint64_t hash = PyLong_AsUnsignedLongLong(number.ptr());
     if (hash != ~uint64_t(0) || !PyErr_Occurred()) return hash;
-    if (!PyErr_ExceptionMatches(PyExc_OverflowError)) throw nb::python_error();
     PyErr_Clear();
-    throw nb::value_error((std::string(field) + " is " + text_of(nb::borrow(value)) +
-                           ": 0 to 2^64 - 1 are allowed").c_str());
+    throw nb::value_error((std::string(field) + " is " + text_of(number) + ": 0 to 2^64 - 1 are allowed").c_str());
 }
 
 void check_stored(const uint64_t *hashes, size_t count) {

@@ -1,4 +1,4 @@
-// Hash -> small id, where the hashes stand in an array of the caller's: 5 to 6 bytes an entry, one cache line a probe.
+// Hash -> small id, where the hashes stand in an array of the caller's: 5 to 7 bytes an entry, one cache line a probe.
 //
 // 15 slots and two counters make a bucket of one cache line. A slot is an id with bits of its hash in front, as many as
 // the ids leave free. An entry that finds its bucket full goes to the next one that is not. Growing and shrinking moves

@@ -106,6 +106,8 @@ size_t Tree::clear(uint32_t number) {
         }
     }
     states_[number] = CLEAN;
+    for (size_t calls = 1; compact(); calls++)
+        if (calls % (STEP / 4) == 0) step(0);
     return gone.count;
 }
 
@@ -213,11 +215,12 @@ void Tree::vacate(uint32_t id) {
 }
 
 // Move the last nodes into holes, a few at a time, so that memory goes back when blocks have gone in any order.
-void Tree::compact() {
-    for (int moves = 0; moves < 4 && top_ - used_ > KEPT && top_ - used_ > top_ / 2; moves++) {
+bool Tree::compact() {
+    int moves = 0;
+    for (; moves < 4 && top_ - used_ > KEPT && top_ - used_ > top_ / 2; moves++) {
         const uint32_t from = top_ - 1;
         table_.prefetch(table_.place(hashes_[from - std::min(from, AHEAD)]));
-        if (children_.size(nodes_[from].children) > STEP) return;  // too much for one step
+        if (children_.size(nodes_[from].children) > STEP) return false;  // too much for one step
         const uint32_t to = free_id();
         used_++;
         hashes_[to] = hashes_[from];
@@ -232,6 +235,7 @@ void Tree::compact() {
         for (const uint32_t member : sets_.members(nodes_[to].set)) mark_page(workers_[member >> TIERS], to);
         leave_id(from);
     }
+    return moves > 0;
 }
 
 void Tree::mark_page(Worker &worker, uint32_t id) {

@@ -119,7 +119,7 @@ class Tree {
     void free_node(uint32_t id);
     void leave_id(uint32_t id);
     void vacate(uint32_t id);
-    void compact();
+    bool compact();
     void give_set(uint32_t id, uint32_t set);
     static void mark_page(Worker &worker, uint32_t id);
     void change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, uint32_t now);

@@ -69,6 +69,16 @@ def test_matches_stay_what_they_were(tree: PrefixTree) -> None:
     assert matches.depths.tolist() == [4]
 
 
+def test_numpy_integers_are_integers(tree: PrefixTree) -> None:
+    """Hashes come out of arrays, so workers, parents, hashes and tiers may be NumPy's, too."""
+    tree.store(np.uint16(3), ABCD[1:], ABCD[0], np.uint8(2))
+    assert tree.holders(ABCD[1]).tolist() == [3]
+    assert tree.children(ABCD[0]).tolist() == [B]
+    assert tree.match(ABCD[1:]).tier_depths.tolist() == [[0], [0], [3]]
+    with pytest.raises(ValueError, match="block_hash is -5: 0 to"):
+        tree.holders(np.int64(-5))
+
+
 def test_many_queries_in_one_call(tree: PrefixTree) -> None:
     """Each query has the matches that it has alone, in their order."""
     tree.store(1, ABCD)

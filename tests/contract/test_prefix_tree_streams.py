@@ -1,5 +1,4 @@
-"""The streams of operations that the fuzzer in tests/native runs, on the trees in Python: the fuzzer's model, the native
-tree and the reference give the same answers."""
+"""The fuzzer's streams of operations in Python: its model, the native tree and the reference give the same answers."""
 
 from __future__ import annotations
 
@@ -14,11 +13,12 @@ import pytest
 from radix.reference import ReferenceTree
 from radix.tree import PrefixTree
 from tests.support.prefix_trees import TREES, all_of
-from tests.support.tree_streams import WORKERS, Replay, Stream
+from tests.support.tree_streams import WORKERS, Depths, Replay, Stream
 
 ROOT = Path(__file__).parents[2]
 SEEDS = [bytes.fromhex(line) for line in (ROOT / "tests/native/streams.txt").read_text().splitlines()]
 FUZZER = ROOT / "build/fuzz/tree"
+SOURCES = [ROOT / "tests/native" / name for name in ("model.hpp", "streams.hpp", "fuzz_tree.cpp")]
 
 
 def random_stream(seed: int) -> bytes:
@@ -50,7 +50,10 @@ def test_native_and_reference_agree_on_the_fuzzers_streams() -> None:
         assert all_of(native.tree, WORKERS) == all_of(reference.tree, WORKERS)
 
 
-@pytest.mark.skipif(not FUZZER.exists(), reason="no fuzzer: `make fuzz` builds it")
+@pytest.mark.skipif(
+    not FUZZER.exists() or FUZZER.stat().st_mtime < max(source.stat().st_mtime for source in SOURCES),
+    reason="no fuzzer of these sources: `make fuzz` builds it",
+)
 def test_the_fuzzers_model_and_the_reference_agree(tmp_path: Path) -> None:
     """What the fuzzer holds the native tree to is what the reference does."""
     files = [tmp_path / f"{i:03}" for i in range(len(STREAMS))]
@@ -59,14 +62,15 @@ def test_the_fuzzers_model_and_the_reference_agree(tmp_path: Path) -> None:
     said = subprocess.run(
         [FUZZER, *files], env={**os.environ, "RADIX_FUZZ_PRINT": "1"}, capture_output=True, text=True, check=True
     )
-    models = said.stdout.split("end\n")
-    assert len(models) == len(STREAMS) + 1
-    for data, model in zip(STREAMS, models, strict=False):
-        answers = [" ".join(map(text_of, answer)) for answer in replay(ReferenceTree, data).answers()]
-        assert [line.strip() for line in model.splitlines()] == answers
+    models = dict(answers.split("\n", 1) for answers in said.stdout.split("end\n")[:-1])
+    for data in STREAMS:
+        answers = [numbers(answer) for answer in replay(ReferenceTree, data).answers()]
+        assert [[*map(int, line.split())] for line in models[data.hex()].splitlines()] == answers
 
 
-def text_of(answer: int | dict[int, list[int]]) -> str:
-    if isinstance(answer, int):
-        return str(answer)
-    return " ".join(str(number) for worker, depths in answer.items() for number in (worker, *depths))
+def numbers(answer: list[int | Depths]) -> list[int]:
+    flat = list[int]()
+    for value in answer:
+        rows = [[value]] if isinstance(value, int) else [[worker, *depths] for worker, depths in value.items()]
+        flat += [number for row in rows for number in row]
+    return flat

@@ -8,7 +8,7 @@
 namespace {
 
 const Forest forest;
-const bool printing = std::getenv("RADIX_FUZZ_PRINT");  // the model's answers, a line an operation
+const bool printing = std::getenv("RADIX_FUZZ_PRINT");  // streams in hex, and the model's answers, a line an operation
 
 void must(bool holds, const char *what) {
     if (holds) return;
@@ -176,6 +176,8 @@ class Pair {  // a tree and its model
 }  // namespace
 
 extern "C" int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size) {
+    for (size_t i = 0; printing && i < size; i++) std::printf("%02x", data[i]);
+    if (printing) std::printf("\n");
     Stream stream(forest, data, size);
     const uint8_t head = stream.byte();
     Pair pair(CAPS[head % 4], head / 4);

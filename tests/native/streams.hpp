@@ -68,7 +68,11 @@ class Stream {
         worker = WORKERS[what & 7];
         const uint8_t tier = (what >> 3 & 3) % 3;
         std::vector<Change> all;
-        if (what >> 5 < 4) {  // the truth
+        if (what >> 5 == 3) {  // a part of a chain, with what is before it left out
+            const uint8_t chain = byte() % Forest::CHAINS;
+            const uint64_t parent = forest_.chains[chain][place(chain, byte())];
+            all.push_back({Kind::STORE, tier, parent, part(chain)});
+        } else if (what >> 5 < 3) {  // the truth
             const uint8_t chain = byte() % Forest::CHAINS;
             const Hashes part = this->part(chain);
             if (chain < Forest::STAR)

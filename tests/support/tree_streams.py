@@ -73,7 +73,11 @@ class Stream:
     def changes(self, what: int) -> tuple[int, list[Change]]:
         """Changes of one worker, and which."""
         worker, tier = WORKERS[what & 7], (what >> 3 & 3) % 3
-        if what >> 5 < 4:
+        if what >> 5 == 3:
+            chain = self.byte() % _CHAINS
+            parent = CHAINS[chain][self._place(chain, self.byte())]
+            return worker, [(STORE, tier, parent, self._part(chain))]
+        if what >> 5 < 3:
             chain = self.byte() % _CHAINS
             part = self._part(chain)
             if chain >= _STAR:
@@ -93,11 +97,9 @@ class Stream:
     def query(self) -> Hashes:
         chain, length, tail = self.byte() % _CHAINS, self.byte(), self.byte() % 4
         end = self._place(chain, length)
-        if chain >= _STAR:
-            query = [*CHAINS[0][: chain + 1], CHAINS[chain][end]]
-        else:
-            query = CHAINS[chain][: end + (length > 0)]
-        return blocks(*query, *map(unknown, range(tail)))
+        leaf = [*CHAINS[0][: chain + 1], CHAINS[chain][end]]
+        start = leaf if chain >= _STAR else CHAINS[chain][: end + (length > 0)]
+        return blocks(*start, *map(unknown, range(tail)))
 
     def block(self) -> int:
         chain = self.byte() % _CHAINS
@@ -160,7 +162,9 @@ class Replay:
             queries = [stream.query() for _ in range(stream.byte() % 4 + 1)]
             byte = stream.byte()
             count = len(queries) + (byte % 16 if byte < 240 else byte * 8)
-            found = [depths_of(matches) for matches in tree.match_many([queries[i % len(queries)] for i in range(count)])]
+            found = [
+                depths_of(matches) for matches in tree.match_many([queries[i % len(queries)] for i in range(count)])
+            ]
             assert all(found[i] == found[i % len(queries)] for i in range(count))
             return [*found[: len(queries)]]
         if operation == 14:
@@ -180,7 +184,9 @@ class Replay:
         for kind, _, parent, hashes in changes:
             if kind == CLEAR:
                 self.liars.discard(worker)
-            elif kind == STORE and any(PARENTS[block] != above for above, block in zip([parent, *hashes], hashes, strict=False)):
+            elif kind == STORE and any(
+                PARENTS[block] != above for above, block in zip([parent, *hashes], hashes, strict=False)
+            ):
                 self.liars.add(worker)
 
 

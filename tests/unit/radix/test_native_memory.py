@@ -66,6 +66,22 @@ def test_memory_goes_back_when_blocks_go_in_any_order() -> None:
     assert left < 0.6 * full, f"{left / 2**20:.0f} of {full / 2**20:.0f} MiB are left"
 
 
+def test_workers_that_leave_give_memory_back_while_others_stay() -> None:
+    """Of eight workers whose blocks lie between each other's one stays, with less than half of the memory."""
+    tree = native.NativeTree()
+    stored = chains(31_250, seed=6)
+    before = resident_bytes()
+    for number, chain in enumerate(stored):
+        tree.store(number % 8, chain)
+    full = resident_bytes() - before
+    for worker in range(7):
+        tree.clear(worker)
+    tree.check()
+    assert [tree.match(chain).as_dict() for chain in stored[7::800]] == [{7: CHAIN}] * len(stored[7::800])
+    left = resident_bytes() - before
+    assert left < full / 2, f"{left / 2**20:.0f} of {full / 2**20:.0f} MiB are left"
+
+
 def test_clearing_gives_memory_back() -> None:
     """A worker that leaves takes its memory along."""
     tree = native.NativeTree()

@@ -37,6 +37,7 @@ def test_caps_hold_for_the_tree() -> None:
         hold(index, name, hashes)
     assert index.match(hashes) == {"a": 3, "b": 2}
     assert [index.tree.refused(number) for number in (0, 1)] == [1, 2]
+    assert index.at_cap() == {"a": 1, "b": 2}
     index.check(["a", "b"])
     with pytest.raises(ValueError, match="max_blocks_per_worker is 0"):
         Index(max_blocks_per_worker=0)
