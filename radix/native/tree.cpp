@@ -55,6 +55,7 @@ size_t Tree::store(uint32_t number, const uint64_t *hashes, size_t count, uint64
 }
 
 size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int tier) {
+    commit(0);
     std::lock_guard<TreeLock> lock(lock_);
     if (number >= workers_.size()) return 0;
     Worker &worker = workers_[number];
@@ -87,6 +88,7 @@ size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int t
 }
 
 size_t Tree::clear(uint32_t number) {
+    commit(0);
     std::lock_guard<TreeLock> lock(lock_);
     if (number >= workers_.size()) return 0;
     const Worker gone = std::exchange(workers_[number], {});
@@ -133,14 +135,16 @@ void Tree::step(size_t blocks) {
 
 bool Tree::committed(size_t blocks) const {
     const size_t end = top_ + 2 * blocks;  // a block may bring one more: its parent
-    return hashes_.committed(end) && nodes_.committed(end) && table_.committed(2 * blocks);
+    return hashes_.committed(end) && nodes_.committed(end) && free_.committed(stacked_ + FREED) &&
+           table_.committed(2 * blocks + FREED);
 }
 
 void Tree::commit(size_t blocks) {
     const size_t end = top_ + 2 * blocks;
     hashes_.commit(end);
     nodes_.commit(end);
-    table_.commit(2 * blocks);
+    free_.commit(stacked_ + FREED);
+    table_.commit(2 * blocks + FREED);
 }
 
 Tree::Worker &Tree::worker(uint32_t number) {
@@ -192,10 +196,7 @@ void Tree::leave_id(uint32_t id) {
     hashes_[id] = ROOT_HASH;
     nodes_[id].set = EMPTY;
     nodes_[id].parent = NONE;
-    if (id + 1 < top_) {
-        free_.commit(stacked_ + 1);
-        free_[stacked_++] = id;
-    }
+    if (id + 1 < top_) free_[stacked_++] = id;
     while (top_ && is_free(top_ - 1)) top_--;
     if (!top_) stacked_ = 0;
     hashes_.trim(top_);

@@ -75,6 +75,7 @@ class Tree {
     static constexpr size_t SLICE = (1 << 14) / RADIX_SHRINK;  // nodes, in scans
     static constexpr uint32_t PAGE = 256;                      // ids, of a worker's map of where its nodes are
     static constexpr uint32_t AHEAD = 16;
+    static constexpr size_t FREED = 4 * PAGE;   // nodes at most, in a step
     static constexpr size_t KEPT = (1 << 18) / RADIX_SHRINK;   // free ids that are left free: 5 MB
     static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
     enum State : uint8_t { CLEAN = 0, HOLES = 1, LEAVING = 2 };

@@ -20,12 +20,12 @@ under() {  # SANITIZERS, a symbol of their runtime, the libraries that are the r
     for library in "$@" libstdc++.so; do runtime+=("$(g++ -print-file-name="$library")"); done
     echo "The native core with -fsanitize=$sanitizers:"
     cmake -S radix/native -B "$build" -G Ninja --log-level=WARNING -DPython_EXECUTABLE="$(realpath -s "$python")" \
-        -DCMAKE_CXX_COMPILER=g++ -DRADIX_SANITIZE="$sanitizers" >/dev/null
+        -DCMAKE_CXX_COMPILER=g++ -DCMAKE_CXX_FLAGS=-fno-var-tracking -DRADIX_SANITIZE="$sanitizers" >/dev/null
     cmake --build "$build" -- --quiet
     # Python keeps memory to its end: no leaks are looked for. With malloc for its own objects it hides no misuse.
     env RHIZOME_RADIX=native RADIX_SANITIZED="$(ls "$build"/_native*.so)" RADIX_SANITIZER_SYMBOL="$symbol" \
         PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-        TSAN_OPTIONS=halt_on_error=1:history_size=7 LD_PRELOAD="${runtime[*]}" "${fixed[@]}" \
+        TSAN_OPTIONS=halt_on_error=1:history_size=7:suppressions=tests/native/tsan.supp LD_PRELOAD="${runtime[*]}" "${fixed[@]}" \
         "$python" -m pytest -p tests.native.sanitized -p no:cacheprovider --capture=sys --timeout=600 "${tests[@]}"
 }
 
