@@ -83,7 +83,8 @@ def load(tree: PrefixTree, data: bytes) -> None:
     """Store a snapshot in an empty tree, whose caps refuse and count what is too much, like in any store.
 
     Raises SnapshotError, and stores nothing, for bytes that are damaged or contradict themselves; ValueError for a
-    tree that holds something.
+    tree that holds something. A snapshot does not tell who contradicted a parent link: where one worker lied about a
+    parent, the match of another that holds the same block may be too deep after loading.
     """
     if len(tree):
         raise ValueError(f"the tree holds {len(tree)} entries: a snapshot is loaded into an empty one")

@@ -55,6 +55,11 @@ template <class Act> auto write(Tree &tree, size_t blocks, Act act) {
     return act();
 }
 
+size_t size_of(const Changes &changes) {  // in blocks; a clear may be of any number
+    const bool clears = std::ranges::find(changes.kinds, CLEAR) != changes.kinds.end();
+    return clears ? LONG : changes.hashes.size();
+}
+
 class Columns {  // of Python changes, all checked
   public:
     explicit Columns(nb::handle value)
@@ -188,16 +193,16 @@ void bind_tree(nb::module_ &module) {
         }, nb::arg("worker"), nb::arg("hashes"), nb::arg("tier") = 0)
         .def("clear", [](Tree &tree, int64_t worker) {
             const uint32_t number = check_worker(worker);
-            return write(tree, tree.count(number), [&] { return tree.clear(number); });
+            return write(tree, tree.count(number) ? LONG : 0, [&] { return tree.clear(number); });
         }, nb::arg("worker"))
         .def("apply", [](Tree &tree, int64_t worker, const Changes &changes) {
             const uint32_t number = check_worker(worker);
-            write(tree, changes.hashes.size(), [&] { return tree.apply(number, changes); });
+            write(tree, size_of(changes), [&] { return tree.apply(number, changes); });
         }, nb::arg("worker"), nb::arg("changes"))
         .def("apply", [](Tree &tree, int64_t worker, nb::object columns) {
             const uint32_t number = check_worker(worker);
             const Columns checked(columns);
-            write(tree, checked.changes.hashes.size(), [&] { return tree.apply(number, checked.changes); });
+            write(tree, size_of(checked.changes), [&] { return tree.apply(number, checked.changes); });
         }, nb::arg("worker"), nb::arg("changes"))
         .def("match", [](const Tree &tree, nb::handle hashes) {
             const HashesArgument blocks(hashes, "hashes", HASHES);
@@ -208,8 +213,10 @@ void bind_tree(nb::module_ &module) {
             const Digest digest = tree.digest(check_worker(worker));
             return nb::bytes(digest.data(), sizeof digest);
         }, nb::arg("worker"))
-        .def("blocks", [](const Tree &tree, int64_t worker) { return to_array(tree.blocks(check_worker(worker))); },
-             nb::arg("worker"))
+        .def("blocks", [](Tree &tree, int64_t worker) {
+            const uint32_t number = check_worker(worker);
+            return to_array(write(tree, LONG, [&] { return tree.blocks(number); }));
+        }, nb::arg("worker"))
         .def("count", [](const Tree &tree, int64_t worker) { return tree.count(check_worker(worker)); },
              nb::arg("worker"))
         .def("refused", [](const Tree &tree, int64_t worker) { return tree.refused(check_worker(worker)); },
@@ -220,14 +227,15 @@ void bind_tree(nb::module_ &module) {
         .def("holders", [](const Tree &tree, nb::handle hash) {
             return to_array(tree.holders(check_hash("block_hash", hash)));
         }, nb::arg("block_hash"))
-        .def("children", [](const Tree &tree, nb::handle hash) {
-            return to_array(tree.children(check_hash("block_hash", hash)));
+        .def("children", [](Tree &tree, nb::handle hash) {
+            const uint64_t parent = check_hash("block_hash", hash);
+            return to_array(write(tree, parent == ROOT_HASH ? LONG : 0, [&] { return tree.children(parent); }));
         }, nb::arg("block_hash"))
-        .def("hottest", [](const Tree &tree, int64_t limit) {
+        .def("hottest", [](Tree &tree, int64_t limit) {
             check_range("limit", limit, 0, HEAT_WINDOW);
             nb::list records;
             nb::dict parents;
-            const Heat heat = tree.heat();
+            const Heat heat = write(tree, LONG, [&] { return tree.heat(); });
             for (const uint64_t record : heat.records) records.append(record);
             for (const auto &[block, parent] : heat.parents) parents[nb::int_(block)] = parent;
             return nb::module_::import_("radix.heat").attr("hottest")(records, parents, limit);
@@ -240,7 +248,7 @@ void bind_tree(nb::module_ &module) {
         })
         .def("check", [](Tree &tree) {
             try {
-                write(tree, 0, [&] { return tree.check(); });
+                write(tree, LONG, [&] { return tree.check(); });
             } catch (const std::logic_error &error) {
                 PyErr_SetString(PyExc_AssertionError, error.what());
                 throw nb::python_error();

@@ -69,15 +69,16 @@ Matched Tree::match(Hashes query) const {
 // Locks and counts for some queries at once: with each, readers would mostly wait for each other's cache lines.
 void Tree::match_many(std::span<const Hashes> queries, Matched *matches) const {
     uint64_t deepest[WIDTH];
-    for (size_t start = 0; start < queries.size(); start += WIDTH) {
+    for (size_t next = 0; next < queries.size();) {
         uint64_t held = 0;
         {
             Reading reading(lock_);
-            for (size_t i = start; i < std::min(queries.size(), start + WIDTH); i++) {
-                matches[i] = lookup(queries[i].data(), queries[i].size());
-                if (!matches[i].count) continue;
-                const uint32_t *depths = matches[i].depths(TIERS - 1);
-                deepest[held++] = queries[i][*std::max_element(depths, depths + matches[i].count) - 1];
+            const size_t end = std::min(queries.size(), next + WIDTH);
+            for (size_t hashes = 0; next < end && hashes < WIDTH * SLICE_HASHES; hashes += queries[next++].size()) {
+                matches[next] = lookup(queries[next].data(), queries[next].size());
+                if (!matches[next].count) continue;
+                const uint32_t *depths = matches[next].depths(TIERS - 1);
+                deepest[held++] = queries[next][*std::max_element(depths, depths + matches[next].count) - 1];
             }
         }
         if (!held) continue;

@@ -97,7 +97,7 @@ class Table {
         explicit Half(size_t capacity) : buckets(capacity) {}
         void resize(uint64_t homes, uint32_t highest) {
             count = homes;
-            id_mask = (1u << std::bit_width(std::max<uint64_t>(homes * 2 * SLOTS, highest))) - 1;
+            id_mask = (1u << std::bit_width(std::max<uint64_t>(std::min<uint64_t>(homes * 2 * SLOTS, 1 << 30), highest))) - 1;
         }
         size_t home(uint64_t place) const { return (place >> 32) * count >> 32; }
         uint32_t slot(uint64_t place, uint32_t id) const { return (static_cast<uint32_t>(place) & ~id_mask) | id; }

@@ -221,7 +221,9 @@ bool Tree::compact() {
     for (; moves < 4 && top_ - used_ > KEPT && top_ - used_ > top_ / 2; moves++) {
         const uint32_t from = top_ - 1;
         table_.prefetch(table_.place(hashes_[from - std::min(from, AHEAD)]));
-        if (children_.size(nodes_[from].children) > STEP) return false;  // too much for one step
+        const uint32_t above = nodes_[from].parent;
+        const size_t siblings = above < ROOT ? children_.size(nodes_[above].children) : 0;
+        if (std::max(siblings, children_.size(nodes_[from].children)) > LARGE_HUB) return false;
         const uint32_t to = free_id();
         used_++;
         hashes_[to] = hashes_[from];

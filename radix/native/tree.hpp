@@ -53,7 +53,7 @@ class Tree {
     size_t clear(uint32_t number);
     void apply(uint32_t number, const Changes &changes);
 
-    // Readers.
+    // Readers. In one's turn, too, those that go through the tree in slices: blocks, children of the root, heat.
     Matched match(Hashes query) const;
     void match_many(std::span<const Hashes> queries, Matched *matches) const;
     Digest digest(uint32_t number) const;
@@ -77,7 +77,8 @@ class Tree {
     static constexpr uint32_t AHEAD = 16;
     static constexpr size_t FREED = 4 * PAGE;   // nodes at most, in a step
     static constexpr size_t KEPT = (1 << 18) / RADIX_SHRINK;   // free ids that are left free: 5 MB
-    static constexpr size_t FIRST = 8, WIDTH = 16;  // probes at once: of a search's first round, of others
+    static constexpr size_t LARGE_HUB = 1 << 12;               // children: too many to move a node of theirs in a step
+    static constexpr size_t FIRST = 8, WIDTH = 16, SLICE_HASHES = 512;  // probes at once: of a search's first round, of others
     enum State : uint8_t { CLEAN = 0, HOLES = 1, LEAVING = 2 };
 
     struct Node {

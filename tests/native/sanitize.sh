@@ -25,7 +25,8 @@ under() {  # SANITIZERS, a symbol of their runtime, the libraries that are the r
     # Python keeps memory to its end: no leaks are looked for. With malloc for its own objects it hides no misuse.
     env RHIZOME_RADIX=native RADIX_SANITIZED="$(ls "$build"/_native*.so)" RADIX_SANITIZER_SYMBOL="$symbol" \
         PYTHONMALLOC=malloc ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=halt_on_error=1:print_stacktrace=1 \
-        TSAN_OPTIONS=halt_on_error=1:history_size=7:suppressions=tests/native/tsan.supp LD_PRELOAD="${runtime[*]}" "${fixed[@]}" \
+        TSAN_OPTIONS=halt_on_error=1:history_size=7:suppressions=tests/native/tsan.supp \
+        LD_PRELOAD="${runtime[*]}" "${fixed[@]}" \
         "$python" -m pytest -p tests.native.sanitized -p no:cacheprovider --capture=sys --timeout=600 "${tests[@]}"
 }
 

@@ -22,6 +22,13 @@ _spec.loader.exec_module(_module)
 sys.modules["radix._native"] = _module  # before anybody imports it
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """What runs none of this build costs time only: the reference by itself, and the fuzzer, another build."""
+    idle = [item for item in items if "[reference" in item.name or "fuzzers_model" in item.name]
+    config.hook.pytest_deselected(items=idle)
+    items[:] = [item for item in items if item not in idle]
+
+
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """It was this build that ran: what tests of anything else find, or do not find, says nothing."""
     from radix.backend import native
