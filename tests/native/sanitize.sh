@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/../.."
 python=$1
 tests=(
-    tests/contract/test_prefix_tree*.py
+    tests/contract/test_{prefix_tree*,wire_streams}.py
     tests/unit/radix/test_{digest,hashing,snapshot,native_stub}.py
     tests/unit/kv_events/test_{columns,wire}.py
 )
