@@ -54,10 +54,18 @@ class Crowd:
             assert tree.digest(worker) == EMPTY_DIGEST
 
     def match(self) -> None:
-        for _ in range(ROUNDS):
-            for matches in [self.tree.match(self.chain), *self.tree.match_many([self.chain] * 30)]:
-                assert matches.as_dict()[KEEPER] == LONG
+        queries = [self.chain] * 5 + [self.chain[:500]] * 300
+        for _ in range(4 * ROUNDS):
+            for query, matches in zip(
+                queries, [self.tree.match(self.chain), *self.tree.match_many(queries[1:])], strict=True
+            ):
+                assert matches.as_dict()[KEEPER] == len(query)
                 assert matches.as_dict().keys() <= {KEEPER, *WRITERS}
+
+    def look_back(self) -> None:
+        """At what was matched, while others match."""
+        for _ in range(10 * ROUNDS):
+            assert all(0 < prefix.hits <= HEAT_WINDOW for prefix in self.tree.hottest(50))
 
     def walk(self) -> None:
         tree = self.tree
@@ -71,7 +79,6 @@ class Crowd:
             assert KEEPER in tree.holders(self.last)
             assert self.first in tree.children(0)
             assert self.second in tree.children(self.first)
-            assert all(0 < prefix.hits <= HEAT_WINDOW for prefix in tree.hottest(50))
             parents, members = holdings(tree)
             assert parents[self.last] == int(self.chain[-2])
             assert (KEEPER, 1) in members[self.last]
@@ -93,9 +100,9 @@ class Crowd:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_calls_beside_each_other_do_not_disturb_each_other(backend: Callable[..., PrefixTree]) -> None:
-    """Three writers, a follower of events, a reader and a walker: each is told what is true of what it knows."""
+    """Three writers, a follower of events, readers and walkers: each is told what is true of what it knows."""
     crowd = Crowd(backend())
-    acts: list[Callable[[], None]] = [crowd.match, crowd.walk, crowd.follow]
+    acts: list[Callable[[], None]] = [crowd.match, crowd.match, crowd.look_back, crowd.walk, crowd.follow]
     acts += [lambda worker=worker: crowd.write(worker) for worker in WRITERS]  # type: ignore[misc]
     start, errors = threading.Barrier(len(acts)), list[BaseException]()
 

@@ -30,6 +30,8 @@ class _WorkerRoleEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_WorkerRole
     WORKER_ROLE_BOTH: _WorkerRole.ValueType  # 1
     WORKER_ROLE_PREFILL: _WorkerRole.ValueType  # 2
     WORKER_ROLE_DECODE: _WorkerRole.ValueType  # 3
+    WORKER_ROLE_OBSERVED: _WorkerRole.ValueType  # 4
+    """indexed, never routed to: a server of another kind whose KV events a router reads"""
 
 class WorkerRole(_WorkerRole, metaclass=_WorkerRoleEnumTypeWrapper): ...
 
@@ -37,6 +39,8 @@ WORKER_ROLE_UNSPECIFIED: WorkerRole.ValueType  # 0
 WORKER_ROLE_BOTH: WorkerRole.ValueType  # 1
 WORKER_ROLE_PREFILL: WorkerRole.ValueType  # 2
 WORKER_ROLE_DECODE: WorkerRole.ValueType  # 3
+WORKER_ROLE_OBSERVED: WorkerRole.ValueType  # 4
+"""indexed, never routed to: a server of another kind whose KV events a router reads"""
 Global___WorkerRole: _TypeAlias = WorkerRole  # noqa: Y015
 
 @_typing.final
@@ -87,6 +91,7 @@ class RegisterRequest(_message.Message):
     MAX_WAITING_FIELD_NUMBER: _builtins.int
     MAX_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
+    EVENTS_URL_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """grows with each start of this worker"""
@@ -101,6 +106,8 @@ class RegisterRequest(_message.Message):
     max_batched_tokens: _builtins.int
     """token budget of a step"""
     proof: _builtins.bytes
+    events_url: _builtins.str
+    """[KvEvents at address] where its KV events are read: kv_events.bus.url"""
     @_builtins.property
     def model(self) -> Global___ModelCard: ...
     def __init__(
@@ -116,10 +123,11 @@ class RegisterRequest(_message.Message):
         max_waiting: _builtins.int = ...,
         max_batched_tokens: _builtins.int = ...,
         proof: _builtins.bytes = ...,
+        events_url: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_total", b"blocks_total", "epoch", b"epoch", "max_batched_tokens", b"max_batched_tokens", "max_running", b"max_running", "max_waiting", b"max_waiting", "model", b"model", "proof", b"proof", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_total", b"blocks_total", "epoch", b"epoch", "events_url", b"events_url", "max_batched_tokens", b"max_batched_tokens", "max_running", b"max_running", "max_waiting", b"max_waiting", "model", b"model", "proof", b"proof", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

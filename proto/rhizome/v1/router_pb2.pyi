@@ -134,14 +134,24 @@ class Decision(_message.Message):
     REASON_FIELD_NUMBER: _builtins.int
     PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     CANDIDATES_FIELD_NUMBER: _builtins.int
+    BLOCK_HASHES_FIELD_NUMBER: _builtins.int
+    OBSERVED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     policy: _builtins.str
     reason: _builtins.str
     """a sentence for people"""
     prompt_tokens: _builtins.int
+    block_hashes: _builtins.bytes
+    """In answers to Explain only.
+    of the prompt's full blocks, little-endian uint64
+    """
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """the chosen one first"""
+
+    @_builtins.property
+    def observed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Overlap]:
+        """workers that are indexed and not routed to"""
 
     def __init__(
         self,
@@ -151,14 +161,39 @@ class Decision(_message.Message):
         reason: _builtins.str = ...,
         prompt_tokens: _builtins.int = ...,
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
+        block_hashes: _builtins.bytes = ...,
+        observed: _abc.Iterable[Global___Overlap] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["candidates", b"candidates", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "candidates", b"candidates", "observed", b"observed", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Decision: _TypeAlias = Decision  # noqa: Y015
+
+@_typing.final
+class Overlap(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_ID_FIELD_NUMBER: _builtins.int
+    CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    worker_id: _builtins.str
+    cached_tokens: _builtins.int
+    """of the prompt, by the router's tree"""
+    def __init__(
+        self,
+        *,
+        worker_id: _builtins.str = ...,
+        cached_tokens: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "worker_id", b"worker_id"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Overlap: _TypeAlias = Overlap  # noqa: Y015
 
 @_typing.final
 class RouteResponse(_message.Message):
@@ -220,6 +255,13 @@ class WorkerEntry(_message.Message):
     NEXT_EVENT_SEQ_FIELD_NUMBER: _builtins.int
     INDEX_SYNCED_FIELD_NUMBER: _builtins.int
     RESYNCS_FIELD_NUMBER: _builtins.int
+    EVENTS_URL_FIELD_NUMBER: _builtins.int
+    EVENTS_APPLIED_FIELD_NUMBER: _builtins.int
+    EVENTS_DUPLICATE_FIELD_NUMBER: _builtins.int
+    EVENTS_STALE_FIELD_NUMBER: _builtins.int
+    EVENT_GAPS_FIELD_NUMBER: _builtins.int
+    DIGEST_MISMATCHES_FIELD_NUMBER: _builtins.int
+    EVENTS_MALFORMED_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -235,6 +277,17 @@ class WorkerEntry(_message.Message):
     index_synced: _builtins.bool
     """no gap or mismatch outstanding"""
     resyncs: _builtins.int
+    events_url: _builtins.str
+    events_applied: _builtins.int
+    """Since the view was made, in batches but for gaps."""
+    events_duplicate: _builtins.int
+    events_stale: _builtins.int
+    """of an old epoch, or of another worker"""
+    event_gaps: _builtins.int
+    digest_mismatches: _builtins.int
+    """times that the digest showed a wrong view"""
+    events_malformed: _builtins.int
+    """what came and was not a batch"""
     @_builtins.property
     def model(self) -> _fleet_pb2.ModelCard: ...
     @_builtins.property
@@ -256,10 +309,17 @@ class WorkerEntry(_message.Message):
         next_event_seq: _builtins.int = ...,
         index_synced: _builtins.bool = ...,
         resyncs: _builtins.int = ...,
+        events_url: _builtins.str = ...,
+        events_applied: _builtins.int = ...,
+        events_duplicate: _builtins.int = ...,
+        events_stale: _builtins.int = ...,
+        event_gaps: _builtins.int = ...,
+        digest_mismatches: _builtins.int = ...,
+        events_malformed: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "draining", b"draining", "epoch", b"epoch", "in_flight", b"in_flight", "index_digest", b"index_digest", "index_synced", b"index_synced", "indexed_blocks", b"indexed_blocks", "lease_left_s", b"lease_left_s", "model", b"model", "next_event_seq", b"next_event_seq", "resyncs", b"resyncs", "role", b"role", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "digest_mismatches", b"digest_mismatches", "draining", b"draining", "epoch", b"epoch", "event_gaps", b"event_gaps", "events_applied", b"events_applied", "events_duplicate", b"events_duplicate", "events_malformed", b"events_malformed", "events_stale", b"events_stale", "events_url", b"events_url", "in_flight", b"in_flight", "index_digest", b"index_digest", "index_synced", b"index_synced", "indexed_blocks", b"indexed_blocks", "lease_left_s", b"lease_left_s", "model", b"model", "next_event_seq", b"next_event_seq", "resyncs", b"resyncs", "role", b"role", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -335,6 +395,92 @@ class IndexChunk(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___IndexChunk: _TypeAlias = IndexChunk  # noqa: Y015
+
+@_typing.final
+class GetTreeRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    HOTTEST_FIELD_NUMBER: _builtins.int
+    hottest: _builtins.int
+    def __init__(
+        self,
+        *,
+        hottest: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hottest", b"hottest"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___GetTreeRequest: _TypeAlias = GetTreeRequest  # noqa: Y015
+
+@_typing.final
+class TreeChunk(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    WORKER_IDS_FIELD_NUMBER: _builtins.int
+    HOTTEST_FIELD_NUMBER: _builtins.int
+    BLOCK_SIZE_FIELD_NUMBER: _builtins.int
+    TOTAL_BYTES_FIELD_NUMBER: _builtins.int
+    DATA_FIELD_NUMBER: _builtins.int
+    block_size: _builtins.int
+    """tokens; 0 where models of several are served"""
+    total_bytes: _builtins.int
+    data: _builtins.bytes
+    """the pieces make up one radix.snapshot"""
+    @_builtins.property
+    def worker_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """In the first chunk: the workers by their number in the tree, those of no number left empty, and where recent
+        matches went, most hits first.
+        """
+
+    @_builtins.property
+    def hottest(self) -> _containers.RepeatedCompositeFieldContainer[Global___HotPrefix]: ...
+    def __init__(
+        self,
+        *,
+        worker_ids: _abc.Iterable[_builtins.str] | None = ...,
+        hottest: _abc.Iterable[Global___HotPrefix] | None = ...,
+        block_size: _builtins.int = ...,
+        total_bytes: _builtins.int = ...,
+        data: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_size", b"block_size", "data", b"data", "hottest", b"hottest", "total_bytes", b"total_bytes", "worker_ids", b"worker_ids"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___TreeChunk: _TypeAlias = TreeChunk  # noqa: Y015
+
+@_typing.final
+class HotPrefix(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    BLOCK_HASH_FIELD_NUMBER: _builtins.int
+    DEPTH_FIELD_NUMBER: _builtins.int
+    HITS_FIELD_NUMBER: _builtins.int
+    block_hash: _builtins.int
+    """of its last block"""
+    depth: _builtins.int
+    """blocks"""
+    hits: _builtins.int
+    """of the last 4,096 matches"""
+    def __init__(
+        self,
+        *,
+        block_hash: _builtins.int = ...,
+        depth: _builtins.int = ...,
+        hits: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hash", b"block_hash", "depth", b"depth", "hits", b"hits"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HotPrefix: _TypeAlias = HotPrefix  # noqa: Y015
 
 @_typing.final
 class SetDrainingRequest(_message.Message):

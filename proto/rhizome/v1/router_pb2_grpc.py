@@ -60,6 +60,11 @@ class RouterStub:
                 request_serializer=rhizome_dot_v1_dot_router__pb2.GetIndexRequest.SerializeToString,
                 response_deserializer=rhizome_dot_v1_dot_router__pb2.IndexChunk.FromString,
                 _registered_method=True)
+        self.GetTree = channel.unary_stream(
+                '/rhizome.v1.Router/GetTree',
+                request_serializer=rhizome_dot_v1_dot_router__pb2.GetTreeRequest.SerializeToString,
+                response_deserializer=rhizome_dot_v1_dot_router__pb2.TreeChunk.FromString,
+                _registered_method=True)
         self.SetDraining = channel.unary_unary(
                 '/rhizome.v1.Router/SetDraining',
                 request_serializer=rhizome_dot_v1_dot_router__pb2.SetDrainingRequest.SerializeToString,
@@ -109,6 +114,13 @@ class RouterServicer:
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetTree(self, request, context):
+        """The router's whole prefix tree, for the tools that look into it.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def SetDraining(self, request, context):
         """Stops routing to a worker (or takes that back); what runs there ends.
         """
@@ -150,6 +162,11 @@ def add_RouterServicer_to_server(servicer, server):
                     servicer.GetIndex,
                     request_deserializer=rhizome_dot_v1_dot_router__pb2.GetIndexRequest.FromString,
                     response_serializer=rhizome_dot_v1_dot_router__pb2.IndexChunk.SerializeToString,
+            ),
+            'GetTree': grpc.unary_stream_rpc_method_handler(
+                    servicer.GetTree,
+                    request_deserializer=rhizome_dot_v1_dot_router__pb2.GetTreeRequest.FromString,
+                    response_serializer=rhizome_dot_v1_dot_router__pb2.TreeChunk.SerializeToString,
             ),
             'SetDraining': grpc.unary_unary_rpc_method_handler(
                     servicer.SetDraining,
@@ -297,6 +314,33 @@ class Router:
             '/rhizome.v1.Router/GetIndex',
             rhizome_dot_v1_dot_router__pb2.GetIndexRequest.SerializeToString,
             rhizome_dot_v1_dot_router__pb2.IndexChunk.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetTree(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_stream(
+            request,
+            target,
+            '/rhizome.v1.Router/GetTree',
+            rhizome_dot_v1_dot_router__pb2.GetTreeRequest.SerializeToString,
+            rhizome_dot_v1_dot_router__pb2.TreeChunk.FromString,
             options,
             channel_credentials,
             insecure,

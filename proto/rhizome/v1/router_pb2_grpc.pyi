@@ -41,6 +41,8 @@ class RouterStub:
     ListWorkers: _grpc.UnaryUnaryMultiCallable[_router_pb2.ListWorkersRequest, _router_pb2.ListWorkersResponse]
     GetIndex: _grpc.UnaryStreamMultiCallable[_router_pb2.GetIndexRequest, _router_pb2.IndexChunk]
     """The router's view of what one worker, or all, hold."""
+    GetTree: _grpc.UnaryStreamMultiCallable[_router_pb2.GetTreeRequest, _router_pb2.TreeChunk]
+    """The router's whole prefix tree, for the tools that look into it."""
     SetDraining: _grpc.UnaryUnaryMultiCallable[_router_pb2.SetDrainingRequest, _router_pb2.SetDrainingResponse]
     """Stops routing to a worker (or takes that back); what runs there ends."""
     ClearCaches: _grpc.UnaryUnaryMultiCallable[_router_pb2.ClearCachesRequest, _router_pb2.ClearCachesResponse]
@@ -58,6 +60,8 @@ class RouterAsyncStub(RouterStub):
     ListWorkers: _aio.UnaryUnaryMultiCallable[_router_pb2.ListWorkersRequest, _router_pb2.ListWorkersResponse]  # type: ignore[assignment]
     GetIndex: _aio.UnaryStreamMultiCallable[_router_pb2.GetIndexRequest, _router_pb2.IndexChunk]  # type: ignore[assignment]
     """The router's view of what one worker, or all, hold."""
+    GetTree: _aio.UnaryStreamMultiCallable[_router_pb2.GetTreeRequest, _router_pb2.TreeChunk]  # type: ignore[assignment]
+    """The router's whole prefix tree, for the tools that look into it."""
     SetDraining: _aio.UnaryUnaryMultiCallable[_router_pb2.SetDrainingRequest, _router_pb2.SetDrainingResponse]  # type: ignore[assignment]
     """Stops routing to a worker (or takes that back); what runs there ends."""
     ClearCaches: _aio.UnaryUnaryMultiCallable[_router_pb2.ClearCachesRequest, _router_pb2.ClearCachesResponse]  # type: ignore[assignment]
@@ -102,6 +106,14 @@ class RouterServicer(metaclass=_abc_1.ABCMeta):
         context: _ServicerContext,
     ) -> _typing.Union[_abc.Iterator[_router_pb2.IndexChunk], _abc.AsyncIterator[_router_pb2.IndexChunk]]:
         """The router's view of what one worker, or all, hold."""
+
+    @_abc_1.abstractmethod
+    def GetTree(
+        self,
+        request: _router_pb2.GetTreeRequest,
+        context: _ServicerContext,
+    ) -> _typing.Union[_abc.Iterator[_router_pb2.TreeChunk], _abc.AsyncIterator[_router_pb2.TreeChunk]]:
+        """The router's whole prefix tree, for the tools that look into it."""
 
     @_abc_1.abstractmethod
     def SetDraining(
