@@ -16,12 +16,15 @@ from numpy.typing import ArrayLike
 
 from radix.hashing import as_tokens
 from radix.keys import Hashes
+from radix.tree import HotPrefix
 from rhizome import rpc
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import generation_pb2, router_pb2, router_pb2_grpc, worker_pb2_grpc
+from router.whole_tree import ChunkJoiner, WholeTree, joined
 
 POLL_S = 0.05
 CALL_TIMEOUT_S = 30.0
+TREE_TIMEOUT_S = 300.0  # a whole index may be a gigabyte
 
 _NOT_READY = (
     grpc.StatusCode.UNAVAILABLE,
@@ -242,6 +245,25 @@ class Client:
         call = self.stub.GetIndex(router_pb2.GetIndexRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S)
         return _joined([chunk async for chunk in call])
 
+    async def tree(self, hottest: int = 100) -> WholeTree:
+        """The router's whole tree, loaded into one of our own, and its hottest prefixes (at most 1,000).
+
+        Raises kv_events.wire.WireError for bytes that are none, or more than are taken.
+        """
+        joiner = ChunkJoiner()
+        call = self.stub.GetTree(router_pb2.GetTreeRequest(hottest=hottest), timeout=TREE_TIMEOUT_S)
+        try:
+            async for chunk in call:
+                joiner.add(chunk)
+        finally:
+            call.cancel()
+        return await asyncio.to_thread(joiner.finish)
+
+    async def hottest(self, limit: int = 20) -> list[HotPrefix]:
+        """Where the router's last matches went: at most `limit` prefixes, most hits first."""
+        request = router_pb2.GetTreeRequest(hottest=limit, without_tree=True)
+        return joined([chunk async for chunk in self.stub.GetTree(request, timeout=CALL_TIMEOUT_S)]).hottest
+
     async def set_draining(self, worker_id: str, draining: bool) -> None:
         """Stop or resume routing to a worker."""
         request = router_pb2.SetDrainingRequest(worker_id=worker_id, draining=draining)
@@ -321,6 +343,15 @@ class SyncClient:
     def index(self, worker_id: str) -> tuple[Hashes, bytes]:
         """See Client.index."""
         return _joined(self.stub.GetIndex(router_pb2.GetIndexRequest(worker_id=worker_id), timeout=CALL_TIMEOUT_S))
+
+    def tree(self, hottest: int = 100) -> WholeTree:
+        """See Client.tree."""
+        return joined(self.stub.GetTree(router_pb2.GetTreeRequest(hottest=hottest), timeout=TREE_TIMEOUT_S))
+
+    def hottest(self, limit: int = 20) -> list[HotPrefix]:
+        """See Client.hottest."""
+        request = router_pb2.GetTreeRequest(hottest=limit, without_tree=True)
+        return joined(self.stub.GetTree(request, timeout=CALL_TIMEOUT_S)).hottest
 
     def set_draining(self, worker_id: str, draining: bool) -> None:
         """See Client.set_draining."""

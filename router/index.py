@@ -42,6 +42,10 @@ class Index:
         """The view of a worker that was added."""
         return self._views[worker_id]
 
+    def names(self) -> list[str]:
+        """Worker ids by their number in the tree; empty for a number that nobody has."""
+        return [self._names.get(number, "") for number in range(len(self._names) + len(self._free))]
+
     def at_cap(self) -> dict[str, int]:
         """Workers whose views a cap cut short -> how many entries were refused."""
         return {name: self.tree.refused(view.worker_index) for name, view in self._views.items() if view.truncated}

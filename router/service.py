@@ -20,6 +20,7 @@ from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
 from router.links import Links, WorkerLink
 from router.messages import PreparedRequest, decision_message, prepare, worker_entry, worker_info, worker_report
 from router.policy import Decision, PredictedTtft
+from router.whole_tree import TreeSender
 
 logger = logging.getLogger(__name__)
 
@@ -47,6 +48,7 @@ class RouterService:
         self._router = router
         self._links = links
         self._secret = secret
+        self._trees = TreeSender(router.fleet, router.index)
 
     async def generate(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> None:
         """Route, then pass the worker's chunks through; while nothing was delivered another worker can take over."""
@@ -137,6 +139,10 @@ class RouterService:
                     block_hashes=blocks[start : start + INDEX_CHUNK_BLOCKS].astype("<u8", copy=False).tobytes(),
                 )
                 await context.write(chunk.SerializeToString())
+
+    async def get_tree(self, request: router_pb2.GetTreeRequest, context: rpc.Context) -> None:
+        """The whole tree with the workers' names, and the hottest prefixes. Raises InvalidRequest, Overloaded."""
+        await self._trees.send(request, context)
 
     async def set_draining(
         self, request: router_pb2.SetDrainingRequest, context: rpc.Context
@@ -236,6 +242,7 @@ def _handlers(service: RouterService, fleet: FleetService) -> tuple[grpc.Generic
         "Explain": rpc.unary(router_pb2.GenerateRequest, service.explain),
         "ListWorkers": rpc.unary(router_pb2.ListWorkersRequest, service.list_workers),
         "GetIndex": rpc.streaming(router_pb2.GetIndexRequest, service.get_index),
+        "GetTree": rpc.streaming(router_pb2.GetTreeRequest, service.get_tree),
         "SetDraining": rpc.unary(router_pb2.SetDrainingRequest, service.set_draining),
         "ClearCaches": rpc.unary(router_pb2.ClearCachesRequest, service.clear_caches),
     }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -11,6 +12,7 @@ from google.rpc import error_details_pb2
 from rhizome import rpc
 from rhizome.errors import InvalidRequest, Overloaded
 from rhizome.v1 import generation_pb2, router_pb2, worker_pb2
+from router.client import SyncClient
 from tests.support.router_cluster import PROMPT, Cluster, detail, hangs, refusal, with_cluster
 from tests.support.scripted_worker import MODEL, chunk
 
@@ -297,5 +299,30 @@ def test_a_request_id_in_flight_is_refused_a_second_time() -> None:
         await refusal(running.client.complete("x", request_id="one"), grpc.StatusCode.ALREADY_EXISTS)
         call.cancel()
         await running.nothing_in_flight()
+
+    with_cluster(test)
+
+
+def test_the_whole_tree_is_sent_while_workers_come_and_go() -> None:
+    """GetTree: every worker by its name with what it holds, and where requests went; the synchronous client alike."""
+
+    async def test(running: Cluster) -> None:
+        workers = [await running.join(name) for name in ("worker-0", "worker-1")]
+        await running.ready(2)
+        held = [worker.hold(PROMPT[: 160 * (1 + number)]) for number, worker in enumerate(workers)]
+        for worker, blocks in zip(workers, held, strict=True):
+            name = worker.worker_id
+            await running.until(lambda e, blocks=blocks: e is not None and e.indexed_blocks == blocks, name)
+        await running.client.explain(token_ids=PROMPT)
+        whole = await running.client.tree(hottest=10)
+        assert sorted(whole.workers) == ["worker-0", "worker-1"]
+        assert [whole.tree.count(whole.workers.index(worker.worker_id)) for worker in workers] == held
+        assert whole.block_size == 16
+        assert whole.hottest[0].depth == max(held)
+        assert await running.client.hottest() == whole.hottest
+        with SyncClient(running.address) as client:
+            again = await asyncio.to_thread(client.tree, 10)
+            assert (again.workers, again.hottest) == (whole.workers, whole.hottest)
+            assert await asyncio.to_thread(client.hottest) == whole.hottest
 
     with_cluster(test)

@@ -401,15 +401,20 @@ class GetTreeRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     HOTTEST_FIELD_NUMBER: _builtins.int
+    WITHOUT_TREE_FIELD_NUMBER: _builtins.int
     hottest: _builtins.int
+    """how many hot prefixes to tell, at most 1,000"""
+    without_tree: _builtins.bool
+    """names and hot prefixes only: what a live view asks for each second"""
     def __init__(
         self,
         *,
         hottest: _builtins.int = ...,
+        without_tree: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["hottest", b"hottest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["hottest", b"hottest", "without_tree", b"without_tree"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
