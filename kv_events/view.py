@@ -35,6 +35,7 @@ class ViewCounts:
     truncated: int = 0  # batches after which a cap kept the view from being right
     resyncs: int = 0  # snapshots taken over
     bad_snapshots: int = 0  # snapshots refused
+    malformed: int = 0  # batches or snapshots that could not be read
 
 
 class WorkerView:
@@ -102,6 +103,10 @@ class WorkerView:
         for joined in self._cursor.restored(snapshot.epoch, snapshot.next_seq):
             self._follow(joined)
         return self._verified or self.truncated
+
+    def malformed(self) -> None:
+        """Count something that came and was neither a batch nor a snapshot."""
+        self.counts.malformed += 1
 
     def forget(self) -> None:
         """The worker is gone: take its blocks out of the tree and start over."""

@@ -55,3 +55,7 @@ class EventConsumer(Protocol):
     def restore(self, snapshot: Snapshot) -> bool:
         """Replace all that is known by a snapshot; False, and no change, when it is stale or does not verify."""
         ...
+
+    def malformed(self) -> None:
+        """Count something that came and was neither a batch nor a snapshot."""
+        ...

@@ -21,15 +21,23 @@ class _OutOfStep(Exception):
 
 
 async def follow(
-    source: EventSource, consumer: EventConsumer, *, first_delay_s: float = 0.1, max_delay_s: float = 5.0
+    source: EventSource,
+    consumer: EventConsumer,
+    *,
+    name: str = "events",
+    first_delay_s: float = 0.1,
+    max_delay_s: float = 5.0,
 ) -> NoReturn:
     """Feed `consumer` from `source` until cancelled: snapshot, subscribe, replay and reconnect as they are needed.
 
     After a failure the next try comes at once, after further ones with a delay that doubles up to `max_delay_s`, less
-    up to a half at random so that many routers do not fall on a worker together. A batch that fits starts that anew.
+    up to a half at random so that many routers do not fall on a worker together. A batch that leads further than any
+    before starts that anew: one that comes again and again from a snapshot before it, and is bad, does not. What is not
+    a batch is counted, and logged once. `name` begins what is logged.
     """
-    failures = 0
-    needs_snapshot = consumer.position() == (0, 0)
+    failures = malformed = 0
+    furthest = consumer.position()
+    needs_snapshot = furthest == (0, 0)
     while True:
         try:
             if needs_snapshot:
@@ -39,14 +47,21 @@ async def follow(
             async with aclosing(source.subscribe(*consumer.position())) as batches:
                 async for batch in batches:
                     await _offer(source, consumer, batch)
-                    failures = 0
+                    if (position := consumer.position()) > furthest:
+                        furthest, failures = position, 0
             raise Unavailable("the worker ended its stream")
         except Unavailable as error:
             problem: Exception = error
-        except (Trimmed, Conflict, WireError, _OutOfStep) as error:
+        except WireError as error:
+            problem, needs_snapshot = error, True
+            consumer.malformed()
+            malformed += 1
+            if malformed == 1:
+                logger.warning("%s: %s; further ones that are malformed are counted, not told", name, error)
+        except (Trimmed, Conflict, _OutOfStep) as error:
             problem, needs_snapshot = error, True
         failures += 1
-        logger.log(logging.INFO if failures == 1 else logging.DEBUG, "events: %r; trying again", problem)
+        logger.log(logging.INFO if failures == 1 else logging.DEBUG, "%s: %r; trying again", name, problem)
         if failures > 1:
             delay_s = min(max_delay_s, first_delay_s * 2.0 ** min(failures - 2, 30))
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter

@@ -156,6 +156,11 @@ class ObservedStream:
         """See EventConsumer."""
         return self._observer.restore(self._name, snapshot, self._clock())
 
+    def malformed(self) -> None:
+        """See EventConsumer. What comes before the first batch or snapshot is not counted."""
+        if view := self._observer.view(self._name):
+            view.malformed()
+
 
 class _Stream:
     """A view, and what it does to the tree on its way to the statistics.

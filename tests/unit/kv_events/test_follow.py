@@ -112,6 +112,67 @@ def test_an_error_in_the_stream_is_followed_by_another_try(error: Exception) -> 
     run(test())
 
 
+def test_what_is_not_a_batch_is_counted_and_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    """By name, however often it comes; the view ends right."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source = Troubled(log)
+        source.batches = {1: WireError("torn"), 3: WireError("torn again")}
+        source.snapshots = [WireError("torn, too")]
+        view = WorkerView("w0", 0, make_tree())
+        following = asyncio.create_task(follow(source, view, name="worker w0", first_delay_s=0.001, max_delay_s=0.01))
+        for block in range(6):
+            append(log, 100 + block)
+            await until_in_step(view, log)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+        assert view.counts.malformed == 3
+
+    run(test())
+    (warning,) = [record for record in caplog.records if record.levelname == "WARNING"]
+    assert warning.getMessage().startswith("worker w0: torn, too")
+
+
+def test_a_bad_batch_that_comes_again_from_an_old_snapshot_is_not_tried_without_pause() -> None:
+    """Batches before it that fit, again and again, are no progress: the delay grows until a newer snapshot is there."""
+
+    class Stale(Troubled):
+        """Its snapshot is an old one, and one of its batches is bad for good."""
+
+        def __init__(self, log: EventLog) -> None:
+            super().__init__(log)
+            self.old = log.snapshot()
+
+        async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
+            self.calls.append("subscribe")
+            async for batch in self._real.subscribe(epoch, from_seq):
+                yield flip(batch) if batch.seq == 3 else batch
+
+        async def snapshot(self) -> Snapshot:
+            self.calls.append("snapshot")
+            return self.old
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source = Stale(log)
+        for block in range(6):
+            append(log, 100 + block)
+        view = WorkerView("w0", 0, make_tree())
+        following = asyncio.create_task(follow(source, view, first_delay_s=0.001, max_delay_s=0.2))
+        loop = asyncio.get_running_loop()
+        start_s = loop.time()
+        while source.calls.count("snapshot") < 10:
+            await asyncio.sleep(0.001)
+        assert loop.time() - start_s > 0.12  # at least half of 1, 2, 4 ... 128 ms
+        source.old = log.snapshot()
+        await until_in_step(view, log)
+        following.cancel()
+        await asyncio.gather(following, return_exceptions=True)
+
+    run(test())
+
+
 def test_a_lost_batch_is_replayed() -> None:
     """On the same subscription."""
 
