@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from radix.checks import check_blocks, check_cap, check_changes, check_hash, check_tier, check_worker
-from radix.digest import EMPTY_DIGEST, SetDigest
+from radix.digest import EMPTY_DIGEST, ReferenceDigest
 from radix.heat import hottest
 from radix.keys import ROOT_HASH, Hashes, check_hashes
 from radix.tree import (
@@ -74,7 +74,7 @@ class _Worker:
 
     def __init__(self) -> None:
         self.blocks: set[int] = set()
-        self.digest = SetDigest()
+        self.digest = ReferenceDigest()
         self.refused = 0
         self.tiers = 0  # bit mask of those in which it ever held a block
 
@@ -223,7 +223,7 @@ class ReferenceTree:
         assert len(held.blocks) <= self._max_blocks_per_worker
         masks = {block: self._holders[block][worker] for block in held.blocks}
         assert all(mask and not mask & ~held.tiers for mask in masks.values()), f"tiers of worker {worker}"
-        digest = SetDigest()
+        digest = ReferenceDigest()
         for tier in Tier:
             digest.add(_array(block for block, mask in masks.items() if mask >> tier & 1), tier)
         assert held.digest.value == digest.value, f"digest of worker {worker}"

@@ -13,29 +13,9 @@ constexpr size_t LONG = 4096;  // blocks; calls with as many let other Python th
 constexpr const char *HASHES = "a one-dimensional array of uint64";
 using HashesArgument = ArrayArgument<uint64_t>;
 
-void check_range(const char *field, int64_t value, int64_t least, uint64_t most) {
-    if (value < least || static_cast<uint64_t>(value) > most)
-        throw nb::value_error((std::string(field) + " is " + std::to_string(value) + ": " + std::to_string(least) +
-                               " to " + std::to_string(most) + " are allowed").c_str());
-}
-
 uint32_t check_worker(int64_t worker) {
     check_range("worker", worker, 0, MAX_WORKERS - 1);
     return static_cast<uint32_t>(worker);
-}
-
-uint64_t check_hash(const char *field, nb::handle value) {  // any integer, NumPy's too
-    const nb::object number = nb::steal(PyNumber_Index(value.ptr()));
-    if (!number.is_valid()) throw nb::python_error();
-    const uint64_t hash = PyLong_AsUnsignedLongLong(number.ptr());
-    if (hash != ~uint64_t(0) || !PyErr_Occurred()) return hash;
-    PyErr_Clear();
-    throw nb::value_error((std::string(field) + " is " + text_of(number) + ": 0 to 2^64 - 1 are allowed").c_str());
-}
-
-void check_stored(const uint64_t *hashes, size_t count) {
-    if (std::find(hashes, hashes + count, ROOT_HASH) != hashes + count)
-        throw nb::value_error("hashes hold 0: it stands for the root, a block has another");
 }
 
 template <class T> nb::object to_array(const T *from, size_t count) {

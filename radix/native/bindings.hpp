@@ -9,6 +9,7 @@
 #include <nanobind/nanobind.h>
 #include <numpy/arrayobject.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -20,11 +21,32 @@ namespace nb = nanobind;
 void bind_hashing(nb::module_ &module);
 void bind_tree(nb::module_ &module);
 void bind_events(nb::module_ &module);
+void bind_held(nb::module_ &module);
 
 inline std::string text_of(nb::object value) {
     const nb::object text = nb::steal(PyObject_Str(value.ptr()));
     if (!text.is_valid()) throw nb::python_error();
     return PyUnicode_AsUTF8(text.ptr());
+}
+
+inline void check_range(const char *field, int64_t value, int64_t least, uint64_t most) {
+    if (value < least || static_cast<uint64_t>(value) > most)
+        throw nb::value_error((std::string(field) + " is " + std::to_string(value) + ": " + std::to_string(least) +
+                               " to " + std::to_string(most) + " are allowed").c_str());
+}
+
+inline uint64_t check_hash(const char *field, nb::handle value) {  // any integer, NumPy's too
+    const nb::object number = nb::steal(PyNumber_Index(value.ptr()));
+    if (!number.is_valid()) throw nb::python_error();
+    const uint64_t hash = PyLong_AsUnsignedLongLong(number.ptr());
+    if (hash != ~uint64_t(0) || !PyErr_Occurred()) return hash;
+    PyErr_Clear();
+    throw nb::value_error((std::string(field) + " is " + text_of(number) + ": 0 to 2^64 - 1 are allowed").c_str());
+}
+
+inline void check_stored(const uint64_t *hashes, size_t count) {
+    if (std::find(hashes, hashes + count, uint64_t(0)) != hashes + count)
+        throw nb::value_error("hashes hold 0: it stands for the root, a block has another");
 }
 
 // A 1-D C-contiguous array of T, borrowed from Python for the length of a call (strided ones are copied).

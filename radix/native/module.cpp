@@ -8,4 +8,5 @@ NB_MODULE(_native, module) {
     radix::bind_hashing(module);
     radix::bind_tree(module);
     radix::bind_events(module);
+    radix::bind_held(module);
 }

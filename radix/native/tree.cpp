@@ -46,7 +46,7 @@ size_t Tree::store(uint32_t number, const uint64_t *hashes, size_t count, uint64
                 entries_++;
             }
             change(number, worker, id, mask, mask | 1u << tier);
-            count_digest(worker, hashes[i], tier, true);
+            count_digest(worker.digest, hashes + i, 1, tier, true);
             stored++;
         }
         above = id;
@@ -71,7 +71,7 @@ size_t Tree::remove(uint32_t number, const uint64_t *hashes, size_t count, int t
         if (!(mask >> tier & 1)) continue;
         const uint32_t left = mask & ~(1u << tier);
         change(number, worker, id, mask, left);
-        count_digest(worker, hashes[i], tier, false);
+        count_digest(worker.digest, hashes + i, 1, tier, false);
         removed++;
         if (left) continue;
         entries_--;
@@ -271,13 +271,6 @@ void Tree::change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, u
     states_[number] = holes ? HOLES : CLEAN;
 }
 
-void Tree::count_digest(Worker &worker, uint64_t hash, int tier, bool add) {
-    hash ^= TIER_SALTS[tier];
-    const uint64_t sign = add ? 1 : -1;
-    worker.digest[0] += sign * mix(hash + 0x9E3779B97F4A7C15u);
-    worker.digest[1] += sign * mix(hash + 0xD1B54A32D192ED03u);
-}
-
 void Tree::check() {
     auto must = [](bool holds, const char *what) {
         if (!holds) throw std::logic_error(what);
@@ -307,7 +300,7 @@ void Tree::check() {
             entries++;
             must(workers_[member >> TIERS].pages.at(id / PAGE), "a worker's page");
             for (int tier = 0; tier < TIERS; tier++) {
-                if (member >> tier & 1) count_digest(worker, hashes_[id], tier, true);
+                if (member >> tier & 1) count_digest(worker.digest, &hashes_[id], 1, tier, true);
                 const uint32_t above = parent == id ? 7 : levels_at(parent, member >> TIERS);
                 worker.orphans[tier] += (levels(member & TIER_MASK) & ~above) >> tier & 1;
             }

@@ -9,6 +9,7 @@
 
 #include "changes.hpp"
 #include "children.hpp"
+#include "digest.hpp"
 #include "holders.hpp"
 #include "lock.hpp"
 #include "memory.hpp"
@@ -20,10 +21,8 @@ constexpr uint64_t ROOT_HASH = 0;
 constexpr uint32_t MAX_WORKERS = 65536;
 constexpr size_t HEAT_WINDOW = 4096;
 constexpr uint64_t DEFAULT_MAX_BLOCKS = 1 << 26, DEFAULT_MAX_BLOCKS_PER_WORKER = 1 << 24, LARGEST_MAX_BLOCKS = 1 << 29;
-constexpr uint64_t TIER_SALTS[TIERS] = {0, 0xA0761D6478BD642F, 0xE7037ED1A0B428DB};  // radix.digest
 
 using Hashes = std::span<const uint64_t>;
-using Digest = std::array<uint64_t, 2>;
 
 struct Matched {  // rows of `count`: workers, then their depth within the device, device and host, all tiers
     std::vector<uint32_t> rows;
@@ -101,11 +100,6 @@ class Tree {
 
     // A block in a tier counts for that level and those below it: "device", "device or host", "any".
     static uint32_t levels(uint32_t mask) { return mask & 1 ? 7 : mask & 2 ? 6 : mask & 4; }
-    static uint64_t mix(uint64_t x) {
-        x = (x ^ x >> 30) * 0xBF58476D1CE4E5B9u;
-        x = (x ^ x >> 27) * 0x94D049BB133111EBu;
-        return x ^ x >> 31;
-    }
     uint32_t find(uint64_t hash) const { return table_.find(table_.place(hash), hash); }
     uint32_t levels_at(uint32_t id, uint32_t number) const {
         return id == ROOT ? 7 : id == NONE ? 0 : levels(sets_.mask(nodes_[id].set, number));
@@ -125,7 +119,6 @@ class Tree {
     void give_set(uint32_t id, uint32_t set);
     static void mark_page(Worker &worker, uint32_t id);
     void change(uint32_t number, Worker &worker, uint32_t id, uint32_t mask, uint32_t now);
-    static void count_digest(Worker &worker, uint64_t hash, int tier, bool add);
     void prefetch(const uint64_t *hashes, uint64_t *places, size_t count) const;
 
     Matched lookup(const uint64_t *hashes, size_t count) const;

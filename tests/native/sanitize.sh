@@ -7,7 +7,7 @@ cd "$(dirname "$0")/../.."
 python=$1
 tests=(
     tests/contract/test_{prefix_tree*,wire_streams}.py
-    tests/unit/radix/test_{digest,hashing,snapshot,native_stub}.py
+    tests/unit/radix/test_{digest,held,hashing,snapshot,native_stub}.py
     tests/unit/kv_events/test_{columns,wire}.py
 )
 # ThreadSanitizer cannot run where addresses are randomized more than it knows.

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 
-from radix.digest import DIGEST_BYTES, EMPTY_DIGEST, TIER_SALTS, SetDigest, digest_of
+from radix.digest import DIGEST_BYTES, EMPTY_DIGEST, TIER_SALTS, ReferenceDigest, SetDigest, digest_of
 from radix.keys import Hashes
 from radix.tree import Tier
 
@@ -70,6 +70,17 @@ def test_a_flipped_bit_shows(hashes: list[int], bit: int, data: st.DataObject) -
     for other in (wrong, lost):
         assert right[:8] != other[:8]
         assert right[8:] != other[8:]
+
+
+@settings(deadline=None)
+@given(SETS, SETS, st.sampled_from(Tier))
+def test_the_digest_that_runs_is_the_references(added: list[int], removed: list[int], tier: Tier) -> None:
+    """Compiled or not, value by value, in every tier."""
+    digest, reference = SetDigest(), ReferenceDigest()
+    for each in (digest, reference):
+        each.add(blocks(added), tier)
+        each.remove(blocks(removed)[::-1])
+    assert digest.value == reference.value
 
 
 def test_only_hashes_are_taken() -> None:
