@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping
+from collections.abc import AsyncIterator, Collection
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import urlsplit
 
+from kv_events.bus.url import SCHEMES, open_source, parse_bus_url
 from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
 from rhizome.ticket import fleet_secret
 from rhizome.validate import check_address
 
 if TYPE_CHECKING:
     from kv_events.bus import EventSource
+    from kv_events.inspect.recording import RecordingReader
     from rhizome.v1.router_pb2 import WorkerEntry
     from router.client import Client
 
@@ -29,34 +30,27 @@ FIRST_ANSWER_S = 10.0
 class Stream:
     """One worker's events, open to be read."""
 
-    name: str  # the worker's id where it is known beforehand, else `url`
+    name: str  # the worker's id, as its router calls it; else `url`
     url: str  # where it is read, for people: without a password
     source: EventSource
-    live: bool = True  # False: a recording, whose subscription ends with what was recorded
-
-
-@dataclass(slots=True)
-class _Opened:
-    stream: Stream
-    closing: AsyncExitStack
 
 
 @dataclass(slots=True)
 class Targets:
-    """An open target. `streams` are its workers' streams as of the last refresh()."""
+    """An open target: streams, or a recording. `streams` are as of the last refresh()."""
 
     target: str  # for people: without a password
     router: Client | None = None  # of a router:// target
-    entries: dict[str, WorkerEntry] = field(default_factory=dict)  # what the router says of its workers, by id
-    problems: dict[str, str] = field(default_factory=dict)  # workers of the router whose events cannot be read: why
-    live: bool = True
+    recording: RecordingReader | None = None  # of a file; then there are no streams
+    entries: dict[str, WorkerEntry] = field(default_factory=dict)  # what the router says of all its workers, by id
+    problems: dict[str, str] = field(default_factory=dict)  # workers of the router whose stream cannot be opened: why
     _only: frozenset[str] = frozenset()
-    _opened: dict[tuple[str, str], _Opened] = field(default_factory=dict)  # by worker and URL
+    _opened: dict[tuple[str, str], tuple[Stream, AsyncExitStack]] = field(default_factory=dict)  # by name and URL
 
     @property
     def streams(self) -> tuple[Stream, ...]:
         """In order of their names."""
-        return tuple(self._opened[key].stream for key in sorted(self._opened))
+        return tuple(self._opened[key][0] for key in sorted(self._opened))
 
     async def refresh(self) -> tuple[Stream, ...]:
         """Ask the router anew: streams of workers that joined are opened, of those that left or moved closed.
@@ -69,31 +63,27 @@ class Targets:
             wanted = {(name, url) for name, url in wanted if not self._only or name in self._only}
             self.problems.clear()
             for key in self._opened.keys() - wanted:
-                await self._opened.pop(key).closing.aclose()
+                await self._opened.pop(key)[1].aclose()
             for name, url in sorted(wanted - self._opened.keys()):
                 try:
-                    await self.add(name, url)
+                    await self.open(name, url)
                 except RhizomeError as error:  # one worker's trouble is not the others'
                     self.problems[name] = str(error)
         return self.streams
 
-    async def add(self, name: str, url: str) -> None:
-        """Open the stream at a bus URL. Raises InvalidRequest, Unavailable."""
-        from kv_events.bus.url import open_source
-
+    async def open(self, name: str, url: str) -> None:
+        """Open the stream at a bus URL, by which it is called where it has no name. Raises InvalidRequest."""
+        bus = parse_bus_url(url)
         async with AsyncExitStack() as stack:
-            source = await stack.enter_async_context(open_source(url, secret=fleet_secret()))
-            shown = without_password(url)
-            self._opened[name, url] = _Opened(Stream(name or shown, shown, source), stack.pop_all())
-
-    def add_recorded(self, name: str, path: str, source: EventSource) -> None:
-        """A worker's stream from a recording."""
-        self._opened[name, path] = _Opened(Stream(name, path, source, live=False), AsyncExitStack())
+            source = await stack.enter_async_context(open_source(bus, secret=fleet_secret()))
+            self._opened[name, url] = (Stream(name or str(bus), str(bus), source), stack.pop_all())
 
     async def close(self) -> None:
-        """Close all streams."""
+        """Close everything."""
+        if self.recording is not None:
+            self.recording.close()
         while self._opened:
-            await self._opened.popitem()[1].closing.aclose()
+            await self._opened.popitem()[1][1].aclose()
 
 
 @asynccontextmanager
@@ -103,7 +93,7 @@ async def open_targets(target: str = DEFAULT_TARGET, workers: Collection[str] = 
     `workers` keeps to these; of a router and a recording, which know theirs, each must be there. Raises InvalidRequest
     for what is no target, Unavailable for a router that cannot be reached. A bus is reached when it is first read.
     """
-    opened = Targets(without_password(target), _only=frozenset(workers))
+    opened = Targets(target, _only=frozenset(workers))
     async with AsyncExitStack() as stack:
         stack.push_async_callback(opened.close)
         if target.startswith(ROUTER_SCHEME):
@@ -112,10 +102,13 @@ async def open_targets(target: str = DEFAULT_TARGET, workers: Collection[str] = 
                 await opened.refresh()
             _check_known(workers, opened.entries)
         elif "://" in target:
-            await opened.add("", target)
+            if target.partition("://")[0] not in SCHEMES:
+                raise InvalidRequest("target", target, _KINDS)
+            await opened.open("", target)
+            opened.target = opened.streams[0].url
         else:
-            opened.live = False
-            await _add_recording(opened, Path(target), workers)
+            opened.recording = await asyncio.to_thread(_open_recording, Path(target))
+            _check_known(workers, list((await asyncio.to_thread(opened.recording.summary)).workers) if workers else ())
         yield opened
 
 
@@ -130,7 +123,7 @@ def router_address(target: str) -> str:
     """host:port of a `router://host:port`. Raises InvalidRequest for anything else."""
     address = target.removeprefix(ROUTER_SCHEME).removesuffix("/")
     if not target.startswith(ROUTER_SCHEME):
-        raise InvalidRequest("target", without_password(target), f"a router is needed, as in {DEFAULT_TARGET}")
+        raise InvalidRequest("target", target, f"a router is needed, as in {DEFAULT_TARGET}")
     check_address("target", address)
     return address
 
@@ -140,13 +133,7 @@ def events_url(entry: WorkerEntry) -> str:
     return entry.events_url or f"grpc://{entry.address}"
 
 
-def without_password(url: str) -> str:
-    """The URL as it may be shown."""
-    parts = urlsplit(url)
-    if "@" not in parts.netloc:
-        return url
-    user, _, host = parts.netloc.rpartition("@")
-    return parts._replace(netloc=f"{user.partition(':')[0]}:***@{host}").geturl()
+_KINDS = "router://HOST:PORT, a bus URL (grpc://, zmq://, redis://) or a recording that exists"
 
 
 async def _list_workers(router: Client, target: str) -> list[WorkerEntry]:
@@ -167,20 +154,18 @@ async def _patience(target: str) -> AsyncIterator[None]:
         raise Unavailable(f"{target}: no answer within {FIRST_ANSWER_S:g} s") from None
 
 
-def _check_known(workers: Collection[str], known: Mapping[str, object]) -> None:
+def _check_known(workers: Collection[str], known: Collection[str]) -> None:
     for worker in workers:
         if worker not in known:
             raise InvalidRequest("worker", worker, f"one of {', '.join(sorted(known)) or 'none: no worker is there'}")
 
 
-async def _add_recording(opened: Targets, path: Path, workers: Collection[str]) -> None:
-    if not path.is_file():
-        kinds = "router://HOST:PORT, a bus URL (grpc://, zmq://, redis://) or a recording that exists"
-        raise InvalidRequest("target", str(path), kinds)
-    from kv_events.inspect.recording import recorded_sources
+def _open_recording(path: Path) -> RecordingReader:
+    from kv_events.inspect.recording import RecordingError, RecordingReader
 
-    sources = await asyncio.to_thread(recorded_sources, path)
-    _check_known(workers, sources)
-    for name, source in sources.items():
-        if not workers or name in workers:
-            opened.add_recorded(name, str(path), source)
+    if not path.is_file():
+        raise InvalidRequest("target", str(path), _KINDS)
+    try:
+        return RecordingReader(path)
+    except (RecordingError, OSError) as error:
+        raise InvalidRequest("target", str(path), f"a recording that can be read ({error})") from error
