@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterator
-from contextlib import aclosing, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
 import grpc
@@ -16,7 +16,7 @@ from kv_events.events import EventBatch, Snapshot
 from kv_events.log import EventLog, LoggedBatch
 from radix.digest import DIGEST_BYTES
 from rhizome import rpc
-from rhizome.errors import Conflict, Trimmed, Unavailable
+from rhizome.errors import Conflict, InvalidRequest, Trimmed, Unavailable
 from rhizome.v1 import worker_pb2 as pb
 from rhizome.v1.worker_pb2_grpc import KvEventsStub
 
@@ -66,6 +66,26 @@ class KvEventsService:
         snapshot = await asyncio.to_thread(self._log.snapshot)  # sorting many blocks takes a while
         for chunk in _chunks(snapshot):
             await context.write(chunk.SerializeToString())
+
+
+@asynccontextmanager
+async def publish(log: EventLog, host: str, port: int) -> AsyncIterator[int]:
+    """Serve nothing but `log` at an address until left; yields the port, a free one for 0.
+
+    Raises InvalidRequest when it cannot be bound.
+    """
+    server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
+    server.add_generic_rpc_handlers((KvEventsService(log).handler(),))
+    name = f"[{host}]" if ":" in host else host
+    try:
+        bound = server.add_insecure_port(f"{name}:{port}")
+    except RuntimeError as error:
+        raise InvalidRequest("events_url", f"grpc://{name}:{port}", f"the port must be free ({error})") from error
+    await server.start()
+    try:
+        yield bound
+    finally:
+        await server.stop(grace=None)
 
 
 def _frame(entry: LoggedBatch) -> bytes:
