@@ -16,7 +16,7 @@ from rhizome.validate import check_address
 
 if TYPE_CHECKING:
     from kv_events.bus import EventSource
-    from kv_events.inspect.recording import RecordingReader
+    from kv_events.bus.recorded import RecordedSource
     from rhizome.v1.router_pb2 import WorkerEntry
     from router.client import Client
 
@@ -33,15 +33,16 @@ class Stream:
     name: str  # the worker's id, as its router calls it; else `url`
     url: str  # where it is read, for people: without a password
     source: EventSource
+    live: bool = True  # False: a recording's, whose subscription ends with what was recorded
 
 
 @dataclass(slots=True)
 class Targets:
-    """An open target: streams, or a recording. `streams` are as of the last refresh()."""
+    """An open target. `streams` are as of the last refresh()."""
 
     target: str  # for people: without a password
     router: Client | None = None  # of a router:// target
-    recording: RecordingReader | None = None  # of a file; then there are no streams
+    recording: Path | None = None  # a file: RecordingReader.records has all its streams in the order in which they came
     entries: dict[str, WorkerEntry] = field(default_factory=dict)  # what the router says of all its workers, by id
     problems: dict[str, str] = field(default_factory=dict)  # workers of the router whose stream cannot be opened: why
     _only: frozenset[str] = frozenset()
@@ -76,12 +77,14 @@ class Targets:
         bus = parse_bus_url(url)
         async with AsyncExitStack() as stack:
             source = await stack.enter_async_context(open_source(bus, secret=fleet_secret()))
-            self._opened[name, url] = (Stream(name or str(bus), str(bus), source), stack.pop_all())
+            self.add(Stream(name or str(bus), str(bus), source), stack.pop_all(), url)
+
+    def add(self, stream: Stream, closing: AsyncExitStack | None = None, url: str = "") -> None:
+        """Take in a stream that is open."""
+        self._opened[stream.name, url or stream.url] = (stream, closing or AsyncExitStack())
 
     async def close(self) -> None:
-        """Close everything."""
-        if self.recording is not None:
-            self.recording.close()
+        """Close all streams."""
         while self._opened:
             await self._opened.popitem()[1][1].aclose()
 
@@ -107,8 +110,12 @@ async def open_targets(target: str = DEFAULT_TARGET, workers: Collection[str] = 
             await opened.open("", target)
             opened.target = opened.streams[0].url
         else:
-            opened.recording = await asyncio.to_thread(_open_recording, Path(target))
-            _check_known(workers, list((await asyncio.to_thread(opened.recording.summary)).workers) if workers else ())
+            opened.recording = Path(target)
+            sources = await asyncio.to_thread(_recorded_sources, opened.recording)
+            _check_known(workers, sources)
+            for name, source in sources.items():
+                if not workers or name in workers:
+                    opened.add(Stream(name, target, source, live=False))
         yield opened
 
 
@@ -160,12 +167,13 @@ def _check_known(workers: Collection[str], known: Collection[str]) -> None:
             raise InvalidRequest("worker", worker, f"one of {', '.join(sorted(known)) or 'none: no worker is there'}")
 
 
-def _open_recording(path: Path) -> RecordingReader:
-    from kv_events.inspect.recording import RecordingError, RecordingReader
+def _recorded_sources(path: Path) -> dict[str, RecordedSource]:
+    from kv_events.bus.recorded import recorded_sources
+    from kv_events.inspect.recording import RecordingError
 
     if not path.is_file():
         raise InvalidRequest("target", str(path), _KINDS)
     try:
-        return RecordingReader(path)
+        return recorded_sources(path)
     except (RecordingError, OSError) as error:
         raise InvalidRequest("target", str(path), f"a recording that can be read ({error})") from error
