@@ -13,10 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from kv_events.bus import Resync
 from kv_events.events import EventBatch, Snapshot
+from kv_events.inspect.recording_format import RecordKind
 from kv_events.inspect.stats import RATE_WINDOW_S, StreamNumbers, StreamStats
 from kv_events.view import ViewCounts, WorkerView
 from radix import make_tree
@@ -28,6 +29,9 @@ from radix.tree import (
     PrefixTree,
 )
 from rhizome.errors import InvalidRequest
+
+if TYPE_CHECKING:
+    from kv_events.inspect.recording import Record
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +113,15 @@ class Observer:
         """Replace all that is known by a snapshot; False, and no change, when it is stale or does not verify."""
         self.add(name)
         return self._streams[name].restore(snapshot, received_s)
+
+    def play(self, record: Record) -> Resync:
+        """Take what a recording holds, as it came when it was recorded. Raises WireError where it cannot be read."""
+        received_s = record.time_ns / 1e9
+        if record.kind is RecordKind.SNAPSHOT:
+            self.restore(record.worker, record.snapshot(), received_s)
+        elif record.kind is RecordKind.BATCH:
+            return self.offer(record.worker, record.batch(), received_s, len(record.payload))
+        return Resync.NONE
 
     def consumer(self, name: str, clock: Callable[[], float]) -> ObservedStream:
         """A stream as an EventConsumer; `clock` tells received_s: wall time that does not step back."""

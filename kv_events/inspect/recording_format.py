@@ -32,6 +32,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import NamedTuple, TypeAlias
 
+from kv_events.snapshot_bytes import MAX_SNAPSHOT_BYTES
 from kv_events.wire import MAX_COUNT, MAX_STRING_BYTES, WireError
 from radix.tree import MAX_WORKERS
 
@@ -40,7 +41,7 @@ VERSION = 1
 CHUNK_BYTES = 2**20
 """Of records, before they are compressed: a chunk that has as many is written. One larger record has its own chunk."""
 
-MAX_RECORD_BYTES = 320 * 2**20  # a snapshot of 2^24 blocks, the largest that any bus carries
+MAX_RECORD_BYTES = MAX_SNAPSHOT_BYTES  # batches are smaller
 MAX_INDEX_SPANS = 2**18
 """In an index, about 10 MB, unless one entry has more: past that neighbouring entries become one, whatever the file."""
 
@@ -202,7 +203,7 @@ def parse_frame(data: bytes, offset: int) -> Frame:
     """A frame's head from its FRAME_BYTES. Raises RecordingError for damage, and for sizes over the limits."""
     if len(data) != FRAME_BYTES or not _is_checked(data):
         raise RecordingError("the head of a frame is damaged", offset)
-    frame = Frame(*_FRAME.unpack_from(data), offset=offset)
+    frame = Frame(*_FRAME.unpack_from(data), offset)
     limit = {CHUNK: MAX_RECORD_BYTES + CHUNK_BYTES, INDEX: MAX_INDEX_BYTES}.get(frame.magic)
     if limit is None:
         raise RecordingError(f"a frame of the unknown kind {frame.magic!r}", offset)
