@@ -3,74 +3,283 @@
     [ts, [event, ...], rank]
 
 An event is an array that begins with its type (vLLM up to 0.23, SGLang up to 0.5.19) or a map with a "type" (later).
-Fields grew release by release, and differently in the two; a field that is missing or nil has its default, and what is
-not known is passed over.
+Fields grew release by release, and differently in the two: one that is missing or nil has its default, one that is not
+known is passed over, and one of a wrong type or size refuses the batch.
+
+No input makes this take more than a small multiple of its own size: of a batch, one event is unpacked at a time; of a
+large event, one field; of a large field, some values.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, TypeAlias
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any, Literal
 
+import msgpack
 import numpy as np
 
+from kv_events.foreign.events import (
+    NO_TOKENS,
+    BlockHash,
+    ExtraKey,
+    ForeignBatch,
+    ForeignCleared,
+    ForeignEvent,
+    ForeignRemoved,
+    ForeignStored,
+    ForeignUnknown,
+)
+from kv_events.foreign.fields import (
+    MAX_FIELDS,
+    MAX_INDEX,
+    NAMES,
+    POSITIONS,
+    event_from,
+    event_of,
+    extra_key_of,
+    integer,
+    shown,
+    tokens_of,
+)
+from kv_events.wire import MAX_PAYLOAD_BYTES, MAX_TOKENS_PER_BATCH, WireError
 from radix.keys import Tokens
 
-BlockHash: TypeAlias = int | bytes
-"""As the server wrote it: an integer from -2**63 to 2**64 - 1, or 1 to 64 bytes."""
+__all__ = [
+    "NO_TOKENS",
+    "BlockHash",
+    "ExtraKey",
+    "ForeignBatch",
+    "ForeignCleared",
+    "ForeignEvent",
+    "ForeignRemoved",
+    "ForeignStored",
+    "ForeignUnknown",
+    "decode_foreign",
+    "dialect_of",
+]
 
-ExtraKey: TypeAlias = str | int | float | bytes | tuple[Any, ...] | None
-"""What else a block depends on: an adapter's name, a salt, an image as (identifier, offset). Arrays become tuples."""
+MAX_EVENTS_PER_BATCH = 2**17  # SGLang writes an event for each page, and a page may be one token
+MAX_HASHES_PER_BATCH = 2**18
 
-NO_TOKENS: Tokens = np.empty(0, dtype=np.uint32)
-NO_TOKENS.flags.writeable = False
+_SMALL = 2**14  # bytes that are unpacked at once: as Python's objects they take some 80 times as much at worst
+_CHUNK = 2**12  # values of a long array that are unpacked at once
 
-
-class ForeignStored(NamedTuple):
-    """A chain of blocks is held now. `token_ids` may span more than these blocks, or be empty (hybrid models, tiers)."""
-
-    block_hashes: tuple[BlockHash, ...]
-    parent_hash: BlockHash | None = None  # None: the first block begins a prompt
-    token_ids: Tokens = NO_TOKENS
-    block_size: int = 0  # tokens; 0: not told
-    medium: str = "GPU"
-    lora_id: int | None = None
-    lora_name: str | None = None
-    extra_keys: tuple[tuple[ExtraKey, ...] | None, ...] | None = None  # of each block
-    cache_salt: str | None = None
-    group_idx: int | None = None  # the group of a hybrid model's cache; None: not told, which is not group 0
-    spec_kind: str | None = None  # full_attention, sliding_window, mamba ...
-    sliding_window: int | None = None  # tokens
-
-
-class ForeignRemoved(NamedTuple):
-    """These blocks are held no longer."""
-
-    block_hashes: tuple[BlockHash, ...]
-    medium: str = "GPU"
-    group_idx: int | None = None
-
-
-class ForeignCleared(NamedTuple):
-    """Nothing is held any more."""
-
-
-class ForeignUnknown(NamedTuple):
-    """A kind of event that this release does not know."""
-
-    kind: str
-
-
-ForeignEvent: TypeAlias = ForeignStored | ForeignRemoved | ForeignCleared | ForeignUnknown
-
-
-class ForeignBatch(NamedTuple):
-    """What happened in one step of a server."""
-
-    ts: float  # wall time of the server, seconds
-    events: tuple[ForeignEvent, ...]
-    rank: int | None = None  # of the data-parallel replica
+_REFUSED = (msgpack.UnpackException, ValueError, OverflowError, RecursionError)
 
 
 def decode_foreign(payload: bytes) -> ForeignBatch:
     """A batch of any release from bytes. Raises WireError for anything else."""
-    raise NotImplementedError
+    if len(payload) > MAX_PAYLOAD_BYTES:
+        raise WireError(f"payload has {len(payload)} bytes: at most {MAX_PAYLOAD_BYTES}")
+    try:
+        return _batch(_Reader(payload))
+    except _REFUSED as error:
+        raise WireError(f"not msgpack of a batch: {type(error).__name__} {error}") from error
+
+
+def dialect_of(payload: bytes) -> Literal["rhizome", "foreign"]:
+    """Whose batch this is, by its first elements: our own have a version and a worker's name behind the third.
+
+    Raises WireError for what is no batch at all. That it will decode is not said.
+    """
+    try:
+        reader = _Reader(payload)
+        if reader.at_map() or reader.array_header("batch", MAX_FIELDS) < 8:
+            return "foreign"
+        for _ in range(3):
+            reader.skip()
+        version, worker = reader.value(), reader.value()
+    except _REFUSED as error:
+        raise WireError(f"not msgpack of a batch: {type(error).__name__} {error}") from error
+    return "rhizome" if type(version) is int and type(worker) is str else "foreign"
+
+
+def _batch(reader: _Reader) -> ForeignBatch:
+    ts = events = rank = None
+    if reader.at_map():
+        for _ in range(reader.map_header("batch", MAX_FIELDS)):
+            match reader.value():
+                case "ts":
+                    ts = reader.value()
+                case "events":
+                    events = _events(reader)
+                case "data_parallel_rank" | "attn_dp_rank":
+                    rank = reader.value()
+                case _:
+                    reader.skip()
+    else:
+        elements = reader.array_header("batch", MAX_FIELDS)
+        if elements and reader.at_text():  # its type, where a release names it
+            reader.skip()
+            elements -= 1
+        if elements < 2:
+            raise WireError(f"batch has {elements} elements: a time and events are needed")
+        ts, events = reader.value(), _events(reader)
+        rank = reader.value() if elements > 2 else None
+        for _ in range(elements - 3):
+            reader.skip()
+    reader.finish()
+    if events is None:
+        raise WireError("batch has no events")
+    if type(ts) not in (int, float) or not math.isfinite(ts):
+        raise WireError(f"ts is {shown(ts)}: a finite number is needed")
+    return ForeignBatch(float(ts), events, None if rank is None else integer("rank", rank, 0, MAX_INDEX))
+
+
+def _events(reader: _Reader) -> tuple[ForeignEvent, ...]:
+    events: list[ForeignEvent] = []
+    hashes_left, tokens_left = MAX_HASHES_PER_BATCH, MAX_TOKENS_PER_BATCH
+    for _ in range(reader.array_header("events", MAX_EVENTS_PER_BATCH)):
+        event = _event(reader.next_bytes(), hashes_left, tokens_left)
+        if type(event) is ForeignStored:
+            hashes_left -= len(event.block_hashes)
+            tokens_left -= len(event.token_ids)
+        elif type(event) is ForeignRemoved:
+            hashes_left -= len(event.block_hashes)
+        events.append(event)
+    if hashes_left < 0 or tokens_left < 0:
+        raise WireError(f"batch has over {MAX_HASHES_PER_BATCH} hashes or {MAX_TOKENS_PER_BATCH} tokens")
+    return tuple(events)
+
+
+def _event(data: bytes, hashes_left: int, tokens_left: int) -> ForeignEvent:
+    if len(data) <= _SMALL:
+        try:
+            value = msgpack.unpackb(data)
+        except _REFUSED:  # by what is odd in a field, which may be none that is known
+            pass
+        else:
+            return event_of(value)
+    return _walk(_Reader(data), hashes_left, tokens_left)
+
+
+def _walk(reader: _Reader, hashes_left: int, tokens_left: int) -> ForeignEvent:
+    """What event_of(unpackb(...)) says, a field at a time."""
+    kind: Any = None
+    fields: dict[str, Any] = {}
+
+    def read(name: object) -> None:
+        if name not in NAMES or (type(kind) is str and kind not in POSITIONS):
+            reader.skip()
+        elif name == "token_ids":
+            fields["token_ids"] = reader.tokens(tokens_left)
+        elif name == "block_hashes":
+            fields["block_hashes"] = reader.scalars("block_hashes", hashes_left)
+        elif name == "extra_keys":
+            fields["extra_keys"] = reader.extra_keys(hashes_left)
+        else:
+            fields[str(name)] = reader.value()
+
+    if reader.at_map():
+        for _ in range(reader.map_header("event", MAX_FIELDS)):
+            name = reader.value()
+            if name == "type":
+                kind = reader.value()
+            else:
+                read(name if type(name) is str else "")
+    else:
+        elements = reader.array_header("event", MAX_FIELDS)
+        kind = reader.value()
+        names = POSITIONS.get(kind, ()) if type(kind) is str else ()
+        for position in range(elements - 1):
+            read(names[position] if position < len(names) else "")
+    return event_from(kind, fields)
+
+
+class _Reader:
+    """Reads msgpack value by value; a value is unpacked whole where it is small."""
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+        # What is unpacked from here, and not from a small part, is scalars: containers hold nothing.
+        self._unpacker = msgpack.Unpacker(
+            max_buffer_size=max(1, len(data)), max_array_len=0, max_map_len=0, max_ext_len=0
+        )
+        self._unpacker.feed(data)
+        self.skip = self._unpacker.skip
+
+    def at_map(self) -> bool:
+        at = self._byte()
+        return at >> 4 == 0x8 or at in (0xDE, 0xDF)
+
+    def at_text(self) -> bool:
+        at = self._byte()
+        return at >> 5 == 0b101 or at in (0xD9, 0xDA, 0xDB)
+
+    def array_header(self, field: str, limit: int) -> int:
+        return self._bounded(field, self._unpacker.read_array_header(), limit)
+
+    def map_header(self, field: str, limit: int) -> int:
+        return self._bounded(field, self._unpacker.read_map_header(), limit)
+
+    def next_bytes(self) -> bytes:
+        """The bytes of the next value."""
+        start = self._unpacker.tell()
+        self._unpacker.skip()
+        return self._data[start : self._unpacker.tell()]
+
+    def value(self) -> Any:
+        """The next value, which must be small."""
+        data = self.next_bytes()
+        if len(data) > _SMALL:
+            raise WireError(f"a value has {len(data)} bytes: at most {_SMALL}")
+        return msgpack.unpackb(data)
+
+    def tokens(self, limit: int) -> Tokens | None:
+        if not self._at_array():
+            return self.value()  # type: ignore[no-any-return] # refused where it is looked at, unless nil
+        count = self.array_header("token_ids", limit)
+        if count and self._byte() == 0x92:
+            chunks = [tokens_of(pairs) for pairs in self._pairs(count)]
+        else:
+            chunks = [tokens_of(values) for values in self._chunks("token_ids", count)]
+        return np.concatenate(chunks) if chunks else NO_TOKENS
+
+    def scalars(self, field: str, limit: int) -> Any:
+        """An array without arrays in it, as a list."""
+        if not self._at_array():
+            return self.value()
+        return [each for chunk in self._chunks(field, self.array_header(field, limit)) for each in chunk]
+
+    def extra_keys(self, limit: int) -> Any:
+        if not self._at_array():
+            return self.value()
+        return [extra_key_of(self.value()) for _ in range(self.array_header("extra_keys", limit))]
+
+    def finish(self) -> None:
+        if self._unpacker.tell() != len(self._data):
+            raise WireError("bytes follow the batch")
+
+    def _chunks(self, field: str, count: int) -> Iterator[list[Any]]:
+        for start in range(0, count, _CHUNK):
+            wanted = min(_CHUNK, count - start)
+            values = list(islice(self._unpacker, wanted))
+            if len(values) < wanted or not {list, dict}.isdisjoint(map(type, values)):
+                raise WireError(f"{field} is torn, or holds arrays")
+            yield values
+
+    def _pairs(self, count: int) -> Iterator[list[list[int]]]:
+        unpack = self._unpacker.unpack
+        for start in range(0, count, _CHUNK):
+            pairs = []
+            for _ in range(min(_CHUNK, count - start)):
+                self._bounded("a pair of tokens", self._unpacker.read_array_header(), 2)
+                pairs.append([unpack(), unpack()])
+            yield pairs
+
+    def _at_array(self) -> bool:
+        at = self._byte()
+        return at >> 4 == 0x9 or at in (0xDC, 0xDD)
+
+    def _byte(self) -> int:
+        """The next byte, the first of a value; 0xC1, which begins none, at the end."""
+        at = self._unpacker.tell()
+        return self._data[at] if at < len(self._data) else 0xC1
+
+    @staticmethod
+    def _bounded(field: str, count: Any, limit: int) -> int:
+        if count > limit:
+            raise WireError(f"{field} has {count} elements: at most {limit}")
+        return int(count)
