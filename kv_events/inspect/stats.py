@@ -12,11 +12,16 @@ from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
+
+from kv_events.columns import changes_of
 from kv_events.events import BlockStored, EventBatch
+from kv_events.wire import DecodedEvents
 from radix.tree import DEFAULT_MAX_BLOCKS_PER_WORKER, REMOVE, STORE, Changes, Tier
 
 RATE_WINDOW_S = 10.0
 _WINDOW_STEPS = 20
+_EVENT_BYTES = np.array([105, 45, 25])  # of a STORE, a REMOVE, a CLEAR without hashes and tokens
 
 LAG_BATCHES = 1024
 """Batches whose lag is remembered: enough for a p99."""
@@ -248,15 +253,14 @@ class _SlidingSums:
 
 
 def size_about(batch: EventBatch) -> int:
-    """About how many bytes kv_events.wire makes of a batch, without making them: hashes take 9 bytes, tokens 4."""
-    payload = getattr(batch.events, "payload_bytes", None)
-    if payload is not None:
-        return int(payload)
-    size = 60 + len(batch.worker)
-    for event in batch.events:
-        size += 100 + 9 * len(getattr(event, "block_hashes", ()))
-        if isinstance(event, BlockStored) and event.token_ids is not None:
-            size += 4 * len(event.token_ids)
+    """About how many bytes kv_events.wire makes of a batch, without making them."""
+    changes = changes_of(batch.events)
+    size = 38 + len(batch.worker) + 9 * len(changes.hashes)  # most hashes take 9 bytes
+    size += int(_EVENT_BYTES[changes.kinds].sum())
+    if not isinstance(batch.events, DecodedEvents):  # which hold no tokens
+        for event in batch.events:
+            if isinstance(event, BlockStored) and event.token_ids is not None:
+                size += 4 * len(event.token_ids)  # up to 5 each
     return size
 
 

@@ -59,7 +59,7 @@ class Fleet:
         medium = self.chance.choice(["GPU", "GPU", "GPU", "CPU", "DISK"])
         match self.chance.random():
             case roll if roll < 0.55:
-                tokens = np.arange(16 * len(chain), dtype=np.uint32) if roll < 0.05 else None
+                tokens = np.arange(90_000, 90_000 + 16 * len(chain), dtype=np.uint32) if roll < 0.05 else None
                 return BlockStored(blocks(*chain), chain[0] - 1 if start else ROOT_HASH, 16, tokens, medium)
             case roll if roll < 0.98:
                 return BlockRemoved(blocks(*self.chance.sample(chain, self.chance.randint(1, len(chain)))), medium)
