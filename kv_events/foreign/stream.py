@@ -2,9 +2,9 @@
 
 What such a server gives is less than what our own workers give. A sequence number counts its batches from 0 and starts
 anew with the process; there is no epoch, no digest and no snapshot; a replay socket repeats the last so many batches
-(vLLM: 10,000 steps by default, and only where it is set). So here is found out, from numbers and times of batches alone,
-what a cursor of ours is told: gaps, duplicates and restarts. Where a gap cannot be filled, what the server holds is not
-known any more and is forgotten: the log may claim too little, never a block that the server does not have.
+(vLLM: 10,000 steps by default, and only where it is set). So here is found out, from the numbers and times of batches
+alone, what a cursor of ours is told: gaps, duplicates and restarts. Where a gap cannot be filled, what the server holds
+is not known any more and is forgotten: the log may claim too little, never a block that the server does not have.
 
 No I/O and no clock. The shell around it (kv_events.bus.foreign_zmq) does this:
 
@@ -14,7 +14,7 @@ No I/O and no clock. The shell around it (kv_events.bus.foreign_zmq) does this:
     if stream.needs_replay:                             # look after each call; one replay at a time
         from_seq = stream.begin_replay()                # asks the ROUTER socket: [empty, from_seq as 8 bytes]
         stream.replayed(seq, payload)                   # each answer, meanwhile offers go on
-        stream.end_replay(answered=True)                # the end marker; False: none came in time, or there is no socket
+        stream.end_replay(answered=True)                # the end marker; False: none came in time, or no socket is there
     stream.log                                          # read it anew after each restart: the former one is closed
 """
 
@@ -38,8 +38,8 @@ RECENT = 1024
 """Batches whose times are remembered, to tell a duplicate from a batch of a new process."""
 
 OVERLAP = 8
-"""Known batches that a replay repeats after a new connection: another time under a known number is another process. More
-than one, as a new process's first batches may have been taken before the news of the connection came."""
+"""Known batches that a replay repeats after a new connection: another time under a known number is another process.
+More than one, as a new process's first batches may have been taken before the news of the connection came."""
 
 MAX_FRUITLESS = 3
 """Replays that were answered and did not bring the batch that is missing, before it is given up. (One may have been
@@ -79,7 +79,7 @@ class ForeignStream:
         capacity: int = DEFAULT_CAPACITY,
         max_waiting: int = MAX_WAITING,
     ) -> None:
-        """`worker` and `epoch` are the log's: `epoch` must be larger than at any former start. `capacity` in batches."""
+        """`worker` and `epoch` are the log's: `epoch` larger than at any former start. `capacity` in batches."""
         self.counts = ForeignCounts()
         self.mapper = mapper
         self.last_problem = ""  # of the last malformed batch
@@ -328,8 +328,8 @@ class ForeignStream:
                 self._start_at(first + (self._waiting[first] is None))
 
     def _learn_that_nothing_is_kept(self, from_seq: int) -> None:
-        """The server keeps no batch from `from_seq` on. If that is what we know to be published, this is another process
-        (or one that keeps none, for which the same is right: to forget)."""
+        """The server keeps no batch from `from_seq` on. If we know that there were some, this is another process (or one
+        that keeps none, for which the same is right: to forget)."""
         if from_seq:
             self._restart(at_any_time=True)
         else:
