@@ -94,13 +94,16 @@ class EventCursor:
     def restored(self, epoch: int, next_seq: int) -> tuple[Apply, ...]:
         """A snapshot was taken over: go on from there. Returns the waiting batches that join on.
 
-        The position may go back, when the snapshot is older than what was applied. `epoch` must not be an old one.
+        The others are let go: they come again, and one whose number was damaged on the way would wait for ever. The
+        position may go back, when the snapshot is older than what was applied. `epoch` must not be an old one.
         """
         assert epoch >= self._epoch, f"a snapshot of epoch {epoch} after one of epoch {self._epoch}"
         waiting = self._waiting if epoch == self._epoch else {}
         self._start(epoch, next_seq)
-        self._waiting = {seq: batch for seq, batch in waiting.items() if seq >= next_seq}
-        return self._joined()
+        self._waiting = waiting
+        joined = self._joined()
+        self._waiting = {}
+        return joined
 
     def _start(self, epoch: int, next_seq: int) -> None:
         self._epoch = epoch

@@ -23,6 +23,10 @@ from radix.digest import SetDigest
 from radix.tree import PrefixTree, Tier
 
 
+OLD_SNAPSHOTS = 3
+"""Snapshots of an older epoch in a row that show that a newer one was misheard."""
+
+
 @dataclass(slots=True)
 class ViewCounts:
     """Since the view was made."""
@@ -44,6 +48,10 @@ class WorkerView:
     After every batch the tree's digest is compared with the worker's own. Where they differ the view goes on with what
     is known, says SNAPSHOT after each batch, and is in step again with a snapshot, or as soon as digests agree.
 
+    A batch of a new epoch drops the blocks of the former one at once. Should its epoch have been damaged on the way, all
+    that the worker says is taken for old; until a snapshot of the new epoch has come, old batches lead to SNAPSHOT. And
+    where OLD_SNAPSHOTS of an older epoch come in a row, with no batch of the new one between them, that one is right.
+
     Where a cap of the tree keeps blocks of the worker out, the digests cannot agree, and a snapshot would not help: the
     view goes on with what got in, not in step, and says SNAPSHOT once there is room for a good part of the rest.
     """
@@ -55,6 +63,8 @@ class WorkerView:
         self._tree = tree
         self._cursor = EventCursor()
         self._verified = False  # the digests agreed when they were compared last
+        self._epoch_seen = False  # a snapshot of the cursor's epoch has come
+        self._old_snapshots = 0  # since a batch of the cursor's epoch has come
         self._last_gap = (0, -1)
 
     @property
@@ -83,18 +93,24 @@ class WorkerView:
             return self._needed()
         if self._cursor.advance(batch):
             self._apply(batch)
-        else:
-            for instruction in self._cursor.offer(batch):
-                self._follow(instruction)
+            self._old_snapshots = 0
+            return self._needed()
+        for instruction in self._cursor.offer(batch):
+            self._follow(instruction)
+        if batch.epoch < self._cursor.position[0]:
+            return self._needed() if self._epoch_seen else Resync.SNAPSHOT
+        self._old_snapshots = 0
         return self._needed()
 
     def restore(self, snapshot: Snapshot) -> bool:
         """Take over a snapshot, as far as there is room; False, and no change, when it is of an old epoch or does not
         verify."""
-        if not self._acceptable(snapshot):
+        if not self._acceptable(snapshot) or not self._is_of_today(snapshot.epoch):
             self.counts.bad_snapshots += 1
             return False
+        self._epoch_seen, self._old_snapshots = True, 0
         if self._verified and (snapshot.epoch, snapshot.next_seq) <= self._cursor.position:
+            self._cursor.restored(*self._cursor.position)  # nothing joins on: it would have been applied
             return True  # older than what is known, and that is right
         self._tree.clear(self.worker_index)
         self._tree.apply(self.worker_index, changes_to(snapshot))
@@ -112,7 +128,8 @@ class WorkerView:
         """The worker is gone: take its blocks out of the tree and start over."""
         self._tree.clear(self.worker_index)
         self._cursor = EventCursor()
-        self._verified = False
+        self._verified = self._epoch_seen = False
+        self._old_snapshots = 0
 
     def _needed(self) -> Resync:
         if self._verified and not self._cursor.has_gap:
@@ -143,6 +160,7 @@ class WorkerView:
             case DropBlocks():
                 self._tree.clear(self.worker_index)
                 self._verified = True  # of a worker that has just started: nothing
+                self._epoch_seen = False
             case NeedReplay() | NeedSnapshot():
                 gap = self._cursor.position
                 self.counts.gaps += gap != self._last_gap
@@ -157,11 +175,21 @@ class WorkerView:
             self.counts.truncated += truncated
             self.counts.mismatches += was_verified and not truncated
 
+    def _is_of_today(self, epoch: int) -> bool:
+        """Whether a snapshot that verifies may be taken over, by its epoch."""
+        if epoch >= self._cursor.position[0]:
+            return True
+        self._old_snapshots += 1
+        if self._old_snapshots < OLD_SNAPSHOTS:
+            return False
+        self._cursor = EventCursor()  # what it had heard of was no epoch of the worker's
+        return True
+
     def _acceptable(self, snapshot: Snapshot) -> bool:
         hashes, parents, masks = snapshot.block_hashes, snapshot.parent_hashes, snapshot.tier_masks
         return (
             snapshot.worker == self.worker_name
-            and snapshot.epoch >= max(1, self._cursor.position[0])
+            and snapshot.epoch >= 1
             and len(hashes) == len(parents)
             and bool(hashes.all())  # 0 is the root
             and len(np.unique(hashes)) == len(hashes)

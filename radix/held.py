@@ -68,8 +68,11 @@ class ReferenceHeldBlocks:
         return copied
 
     def columns(self) -> tuple[Hashes, Hashes, NDArray[np.uint8]]:
-        """(blocks,) each: hashes, parents, masks (bit t where held in Tier t); parents before children where both are
-        held. The compiled one lets other threads run meanwhile."""
+        """(blocks,) each: hashes, parents, masks (bit t where held in Tier t).
+
+        In the order of hashes, but parents before children where both are held: equal sets give equal columns. The
+        compiled one lets other threads run meanwhile.
+        """
         ordered = self._parents_first()
         parents, masks = zip(*map(self._blocks.__getitem__, ordered), strict=True) if ordered else ((), ())
         return (
@@ -89,7 +92,7 @@ class ReferenceHeldBlocks:
 
     def _parents_first(self) -> list[int]:
         ordered: dict[int, None] = {}
-        for block in self._blocks:
+        for block in sorted(self._blocks):
             way: dict[int, None] = {}  # upwards; parents in a circle, which hashing cannot make, end it
             while block in self._blocks and block not in ordered and block not in way:
                 way[block] = None

@@ -1,7 +1,8 @@
 // Event batches from their bytes: the common part of what kv_events/wire.py says to be a batch.
 //
 // What is read here its decoder takes too, with equal content. Anything else (kinds, fields and encodings that our own
-// workers do not write, prompt tokens, damage, what is over a limit) is Uncommon, and left to that decoder.
+// workers do not write, damage, what is over a limit) is Uncommon, and left to that decoder. Prompt tokens are checked
+// and passed over: whoever looks at them has that decoder read them.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -67,18 +68,21 @@ class BatchReader {
     }
 
   private:
-    // These are kv_events.wire's; they leave no room for a payload over its MAX_PAYLOAD_BYTES.
-    static constexpr size_t MAX_EVENTS_PER_BATCH = 1 << 14;
+    // These are kv_events.wire's.
+    static constexpr size_t MAX_PAYLOAD_BYTES = 8 << 20, MAX_EVENTS_PER_BATCH = 1 << 14;
     static constexpr size_t MAX_HASHES_PER_EVENT = 1 << 16, MAX_HASHES_PER_BATCH = 1 << 17;
+    static constexpr size_t MAX_TOKENS_PER_BATCH = 1 << 20;
     static constexpr uint64_t MAX_BLOCK_SIZE = 1 << 20, MAX_HASH = ~uint64_t(0), MAX_COUNT = MAX_HASH >> 1;
+    static constexpr uint64_t MAX_TOKEN = ~uint32_t(0);
 
-    enum Field { TYPE, HASHES, PARENT, TOKENS, BLOCK_SIZE, LORA, MEDIUM, FIELDS };
+    enum Field { TYPE, HASHES, PARENT, TOKENS, BLOCK_SIZE, LORA, MEDIUM, LORA_NAME, FIELDS };
     static constexpr std::string_view NAMES[FIELDS] = {
-        "type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium"};
+        "type", "block_hashes", "parent_block_hash", "token_ids", "block_size", "lora_id", "medium", "lora_name"};
     static constexpr std::string_view KINDS[] = {"BlockStored", "BlockRemoved", "AllBlocksCleared"};
     static constexpr uint8_t NEEDED[] = {1 << TYPE | 1 << HASHES | 1 << BLOCK_SIZE, 1 << TYPE | 1 << HASHES, 1 << TYPE};
-    static constexpr uint8_t OPTIONAL[] = {1 << PARENT | 1 << TOKENS | 1 << LORA | 1 << MEDIUM, 1 << MEDIUM, 0};
-    static constexpr Field STORED_ORDER[] = {HASHES, PARENT, TOKENS, BLOCK_SIZE, LORA, MEDIUM};
+    static constexpr uint8_t OPTIONAL[] = {
+        1 << PARENT | 1 << TOKENS | 1 << LORA | 1 << MEDIUM | 1 << LORA_NAME, 1 << MEDIUM, 0};
+    static constexpr Field STORED_ORDER[] = {HASHES, PARENT, TOKENS, BLOCK_SIZE, LORA, MEDIUM, LORA_NAME};
     static constexpr Field REMOVED_ORDER[] = {HASHES, MEDIUM};
     static constexpr std::string_view MEDIUMS[TIERS] = {"GPU", "CPU", "DISK"};
 
@@ -91,7 +95,7 @@ class BatchReader {
     BatchReader(const uint8_t *data, size_t size, Batch &batch) : at_(data), end_(data + size), batch_(batch) {}
 
     void read_batch() {
-        expect(array() == 8 && byte() == 0xcb);
+        expect(left() <= MAX_PAYLOAD_BYTES && array() == 8 && byte() == 0xcb);
         batch_.ts = std::bit_cast<double>(number(8));
         expect(std::isfinite(batch_.ts));
         const size_t events = array();
@@ -147,10 +151,10 @@ class BatchReader {
             case TYPE: event.kind = one_of(KINDS); break;
             case HASHES: read_hashes(); break;
             case PARENT: event.parent = nil() ? 0 : integer(MAX_HASH); break;
-            case TOKENS: expect(array() == 0); break;
+            case TOKENS: pass_tokens(); break;
             case BLOCK_SIZE: integer(MAX_BLOCK_SIZE); break;
-            case LORA: expect(nil()); break;
             case MEDIUM: event.tier = nil() ? 0 : one_of(MEDIUMS); break;
+            case LORA: case LORA_NAME: expect(nil()); break;
             case FIELDS: break;
         }
     }
@@ -164,6 +168,13 @@ class BatchReader {
             zero |= *hash == 0;
         }
         expect(!zero);
+    }
+
+    void pass_tokens() {
+        const size_t count = array();
+        expect(count <= MAX_TOKENS_PER_BATCH - tokens_);
+        tokens_ += count;
+        for (size_t i = 0; i < count; i++) integer(MAX_TOKEN);
     }
 
     static void expect(bool common) {
@@ -212,6 +223,7 @@ class BatchReader {
     }
 
     const uint8_t *at_, *const end_;
+    size_t tokens_ = 0;  // so far
     Batch &batch_;
 };
 

@@ -3,6 +3,7 @@
 //
 // Open addressing with linear probing, at most 3/4 full; hash 0 marks a free slot. Removal closes up what follows.
 #pragma once
+#include <algorithm>
 #include <utility>
 #include <vector>
 
@@ -48,14 +49,20 @@ class Held {
     size_t size() const { return size_; }
     const Digest &digest() const { return digest_; }
 
-    Columns columns() const {  // each block after its parent where that is held; parents in a circle do not matter
+    // In the order of hashes, but each block after its parent where that is held; parents in a circle do not matter.
+    Columns columns() const {
         Columns columns;
         columns.hashes.reserve(size_);
         columns.parents.reserve(size_);
         columns.masks.reserve(size_);
+        std::vector<std::pair<uint64_t, size_t>> order;
+        order.reserve(size_);
+        for (size_t at = 0; at < slots_.size(); at++)
+            if (slots_[at].hash) order.emplace_back(slots_[at].hash, at);
+        std::sort(order.begin(), order.end());
         std::vector<bool> seen(slots_.size());
         std::vector<size_t> way;
-        for (size_t from = 0; from < slots_.size(); from++) {
+        for (const auto &[_, from] : order) {
             for (size_t at = from; slots_[at].hash && !seen[at]; at = find(slots_[at].parent)) {
                 seen[at] = true;
                 way.push_back(at);

@@ -108,6 +108,16 @@ def test_a_snapshot_may_be_older_than_the_position() -> None:
     assert cursor.offer(batch(9)) == (NeedReplay(1, 6),)
 
 
+def test_what_waits_beyond_a_further_gap_is_let_go_at_a_snapshot() -> None:
+    """It comes again; a number that was damaged on the way would keep the gap open for ever."""
+    cursor = at(1, 3)
+    for seq in (7, 8, 2**40):
+        cursor.offer(batch(seq))
+    assert applied(cursor.restored(1, 7)) == [7, 8]
+    assert cursor.position == (1, 9)
+    assert not cursor.has_gap
+
+
 def test_a_snapshot_of_a_new_epoch_forgets_what_waits() -> None:
     """Batches of the old epoch do not join on."""
     cursor = at(1, 3)

@@ -14,7 +14,8 @@ from kv_events.view import WorkerView
 from radix import make_tree
 from radix.digest import EMPTY_DIGEST
 from radix.keys import ROOT_HASH, Hashes
-from tests.support.prefix_trees import holdings
+from radix.tree import PrefixTree
+from tests.support.prefix_trees import BACKENDS, all_of, holdings
 
 
 def blocks(*hashes: int) -> Hashes:
@@ -117,8 +118,11 @@ def test_a_restarted_worker_loses_its_old_blocks_at_once(pair: Pair) -> None:
     pair.restart()
     assert pair.view.offer(pair.log.append([store(9)], 0.0)) is Resync.NONE
     pair.check_equal()
+    assert pair.view.offer(zombie) is Resync.SNAPSHOT, "which of the two lives?"
+    assert pair.view.restore(pair.log.snapshot())
     assert pair.view.offer(zombie) is Resync.NONE
-    assert pair.view.counts.stale == 1
+    assert pair.view.counts.stale == 2
+    assert pair.view.counts.resyncs == 0, "the view was right"
     pair.check_equal()
     pair.restart()
     pair.log.append([store(5)], 0.0)
@@ -192,15 +196,98 @@ def test_a_snapshot_older_than_a_wrong_view_is(pair: Pair) -> None:
     pair.check_equal()
 
 
-def test_a_worker_changes_only_its_own_entries(pair: Pair) -> None:
-    """A batch in another's name is not applied, whatever it says, and blocks of others stay."""
-    pair.tree.store(5, blocks(1, 2))
-    batch = EventBatch("w1", 9, 0, (AllBlocksCleared(), store(4)), EMPTY_DIGEST, 0.0)
-    assert pair.view.offer(batch) is Resync.NONE
-    assert pair.view.counts.stale == 1
-    assert pair.view.position() == (0, 0)
-    pair.view.offer(pair.log.append([store(1), AllBlocksCleared()], 0.0))
-    assert pair.tree.blocks(5).tolist() == [1, 2]
+def test_a_damaged_sequence_number_is_healed(pair: Pair) -> None:
+    """It opens a gap that no replay can close; one snapshot does, whether it brings news or not."""
+    for number in (7, 2**62):
+        pair.step(store(number))
+        lost = pair.log.append([store(number + 1)], 0.0)
+        assert pair.view.offer(lost._replace(seq=number)) is Resync.REPLAY
+        assert pair.view.offer(lost) is Resync.REPLAY
+        assert not pair.view.synced
+        assert pair.view.restore(pair.log.snapshot())
+        pair.check_equal()
+        assert pair.step(store(number + 2)) is Resync.NONE
+        pair.check_equal()
+    assert pair.view.counts.resyncs == 0, "the view was right"
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_damaged_epoch_is_healed(pair: Pair, first: bool) -> None:
+    """The view hears of a new incarnation and drops the blocks. Whatever comes asks for a snapshot then, and the third
+    one that contradicts shows what happened; an incarnation that speaks in between is believed, though."""
+    if not first:
+        pair.step(store(1))
+    pair.view.offer(pair.log.append([store(2)], 0.0)._replace(epoch=2**40))
+    assert pair.tree.count(4) == (1 if first else 0)
+    assert pair.view.position() == (2**40, 1 if first else 0)
+    for _ in range(2):
+        assert pair.step(store(3)) is Resync.SNAPSHOT
+        assert not pair.view.restore(pair.log.snapshot())
+    again = EventBatch("w0", 2**40, 7, (), EMPTY_DIGEST, 0.0)
+    assert pair.view.offer(again) is not Resync.NONE
+    for _ in range(2):
+        assert not pair.view.restore(pair.log.snapshot())
+    assert pair.view.counts.bad_snapshots == 4
+    assert pair.view.restore(pair.log.snapshot())
+    pair.check_equal()
+    assert pair.step(store(4)) is Resync.NONE
+    pair.check_equal()
+
+
+@pytest.fixture(params=BACKENDS)
+def tree(request: pytest.FixtureRequest) -> PrefixTree:
+    """Whichever tree a view is given."""
+    made: PrefixTree = request.param()
+    return made
+
+
+def test_a_worker_changes_only_its_own_entries(tree: PrefixTree) -> None:
+    """Batches and snapshots in another's name change nothing at all, whatever they say and in whatever order; and what
+    a view takes in, snapshots and forgetting included, changes nothing of anybody else."""
+    names = ("w0", "w1")
+    views = {name: WorkerView(name, index, tree) for index, name in enumerate(names)}
+    logs = {name: EventLog(name, 1, 16) for name in names}
+    batches = [
+        logs[name].append(events, 0.0)
+        for events in ([store(1, 2, 3)], [store(4, parent=3, medium="CPU"), BlockRemoved(blocks(2))], [store(9)])
+        for name in names
+    ]
+    for batch in batches:
+        views[batch.worker].offer(batch)
+    everything = all_of(tree, range(3))
+
+    def check_nothing_changed() -> None:
+        tree.check()
+        assert all_of(tree, range(3)) == everything
+        assert all(view.synced for view in views.values())
+
+    hostile = EventLog("w1", 7, 16)
+    for events in ([AllBlocksCleared()], [store(5)], [BlockRemoved(blocks(1, 3))], [store(6, parent=1, medium="DISK")]):
+        batch = hostile.append(events, 0.0)
+        for seq in (0, 3, batch.seq, 2**40):
+            assert views["w0"].offer(batch._replace(seq=seq, epoch=1)) is Resync.NONE
+            assert views["w0"].offer(batch._replace(seq=seq)) is Resync.NONE
+        check_nothing_changed()
+        for epoch in (1, 7):
+            assert not views["w0"].restore(replace(hostile.snapshot(), epoch=epoch))
+        check_nothing_changed()
+    assert views["w0"].counts.stale == 32
+    assert views["w0"].counts.bad_snapshots == 8
+    assert views["w0"].position() == (1, 3)
+
+    others = {name: rows[1:] for name, rows in parts_of(tree).items()}
+    views["w0"].offer(logs["w0"].append([AllBlocksCleared(), store(1), BlockRemoved(blocks(4), "CPU")], 0.0))
+    views["w0"].restore(replace(logs["w0"].snapshot(), next_seq=9))
+    views["w0"].forget()
+    tree.check()
+    assert {name: rows[1:] for name, rows in parts_of(tree).items()} == others
+    assert tree.count(0) == 0
+
+
+def parts_of(tree: PrefixTree) -> dict[str, list[object]]:
+    """What a tree tells of each worker."""
+    everything = all_of(tree, range(3))
+    return {what: [everything[what][worker] for worker in range(3)] for what in ("blocks", "digests", "counts")}
 
 
 def test_a_view_follows_through_the_tiers(pair: Pair) -> None:

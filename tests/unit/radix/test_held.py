@@ -82,6 +82,13 @@ def test_it_is_a_set_of_blocks_in_tiers(account: Accounts, steps: list[tuple[str
                 plain.clear()
         assert rows(held) == plain
         assert held.digest == digest_of_rows(plain)
+    other = ReferenceHeldBlocks()
+    for block, (parent, mask) in reversed(plain.items()):
+        for tier in Tier:
+            if mask >> tier & 1:
+                other.store(blocks(block), parent, tier)
+    for column, same in zip(held.columns(), other.columns(), strict=True):
+        assert column.tolist() == same.tolist(), "equal sets give equal columns"
 
 
 @pytest.mark.parametrize("account", ACCOUNTS)
