@@ -1,17 +1,17 @@
 """Workers, a hostile network and a router's views of them: schedules of trouble, each drawn from a seed.
 
-What may happen to a batch: it is lost, doubled, overtaken, or damaged, in one hash or in any bit of its bytes. Logs are
-trimmed to a few batches. Workers restart, and their former incarnations go on talking and answering. Snapshots are asked
-for, made, and arrive at any time after. The router starts when workers have long been at it, and starts anew.
+What may happen to a batch: it is lost, doubled, overtaken, or damaged, in one hash or in any bit of its bytes. Logs
+are trimmed to a few batches. Workers restart, and their former incarnations go on talking and answering. Snapshots are
+asked for, made, and arrive at any time after. The router starts when workers have long been at it, and starts anew.
 
-What is asserted, at every moment: a view that says it is in step holds what the worker held at the view's position; what
-a former incarnation held is gone with the first news of a new one; tree and cursor keep their invariants. In the end, when
-the network delivers what is under way and the workers have said something more: every view is in step, and its digest is
-the worker's. What was held is known from a model that shares no code with log, tree or digest.
+What is asserted, at every moment: a view that says it is in step holds what the worker held at the view's position;
+what a former incarnation held is gone with the first news of a new one; the tree keeps its invariants. In the end, when
+the network delivers what is under way and the workers have said something more: every view is in step, and its digest
+is the worker's. What was held is known from a model that shares no code with log, tree or digest.
 
 The digest covers which blocks are held in which tiers. It does not see a wrong parent, block size or time, which change
 nothing of that. A damaged sequence number may make a batch pass for the one after it, until the next batch: where bytes
-were damaged, a view in step is only held to hold what the worker held at some position.
+were damaged, a view in step is only asked to hold what the worker held at some position.
 """
 
 from __future__ import annotations

@@ -41,7 +41,7 @@ def run(simulation: Simulation, seeds: range) -> Counter[str]:
 
 
 def run_all(simulation: Simulation, seeds: range) -> Counter[str]:
-    """Schedules on every core. (Processes are started anew: whatever else this one has loaded does not go with them.)"""
+    """Schedules on every core, in processes that are started anew: what else this one has loaded stays out of them."""
     shares = [seeds[start : start + SHARE] for start in range(0, len(seeds), SHARE)]
     with ProcessPoolExecutor(len(os.sched_getaffinity(0)), get_context("spawn")) as pool:
         totals: Counter[str] = Counter()
