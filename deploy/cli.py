@@ -14,6 +14,7 @@ import grpc
 import typer
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
+from deploy.events.cli import events_app
 from rhizome.errors import RhizomeError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(events_app, name="events")
 
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 

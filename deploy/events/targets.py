@@ -15,6 +15,8 @@ from rhizome.ticket import fleet_secret
 from rhizome.validate import check_address
 
 if TYPE_CHECKING:
+    import grpc
+
     from kv_events.bus import EventSource
     from kv_events.bus.recorded import RecordedSource
     from rhizome.v1.router_pb2 import WorkerEntry
@@ -149,7 +151,12 @@ async def _list_workers(router: Client, target: str) -> list[WorkerEntry]:
     try:
         return await router.workers()
     except grpc.aio.AioRpcError as error:
-        raise Unavailable(f"{target}: {error.code().name}: {error.details()}") from error
+        raise unavailable(target, error) from error
+
+
+def unavailable(target: str, error: grpc.aio.AioRpcError) -> Unavailable:
+    """A router's refusal as one of our errors."""
+    return Unavailable(f"{target}: {error.code().name}: {error.details()}")
 
 
 @asynccontextmanager
