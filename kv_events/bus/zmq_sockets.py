@@ -1,0 +1,142 @@
+"""ZeroMQ sockets in an event loop, with the limits that every one of ours has.
+
+Plain sockets and their file descriptor, not pyzmq's asyncio ones: those make some futures for each message, and one
+that is sent with NOBLOCK cannot tell apart a full queue from a peer that left.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import threading
+from typing import Any, cast
+
+import zmq
+
+from kv_events.wire import MAX_PAYLOAD_BYTES
+
+MAX_FRAME_BYTES = MAX_PAYLOAD_BYTES + 1024
+"""Of what is received from a publisher: one batch. (How many frames a message has, libzmq does not bound.)"""
+
+QUEUED_MESSAGES = 256
+"""Batches that a subscriber's slowness may pile up, at the publisher (one copy for all subscribers) and again at the
+subscriber: 2.5 s of 10 ms steps, usually some 100 kB. What comes further is dropped, found missing, and asked for."""
+
+HEARTBEAT_MS = 2_000
+HEARTBEAT_TIMEOUT_MS = 6_000
+"""A peer that is silent so long is taken for gone, and connected to again."""
+
+RECONNECT_MS = 50
+MAX_RECONNECT_MS = 1_000
+MAX_SOCKETS = 65_535  # of a router of many workers, two each; libzmq's own default is 1023
+
+_context: tuple[int, zmq.Context[Any]] | None = None
+_context_lock = threading.Lock()
+
+
+def context() -> zmq.Context[Any]:
+    """One for the process, for its life: an I/O thread serves many sockets. A forked child gets its own."""
+    global _context
+    with _context_lock:
+        if _context is None or _context[0] != os.getpid():
+            made: zmq.Context[Any] = zmq.Context()
+            made.set(zmq.MAX_SOCKETS, min(MAX_SOCKETS, made.get(zmq.SOCKET_LIMIT)))
+            _context = os.getpid(), made
+        return _context[1]
+
+
+class LoopSocket:
+    """A socket of the running event loop. One task at a time may await it; any may send without waiting."""
+
+    def __init__(self, kind: int, **options: int | bytes) -> None:
+        """`options` by their names in lower case; see zmq_setsockopt(3)."""
+        self.raw: zmq.Socket[bytes] = context().socket(kind)
+        defaults = {
+            "linger": 0,
+            "ipv6": 1,
+            "maxmsgsize": MAX_FRAME_BYTES,
+            "heartbeat_ivl": HEARTBEAT_MS,
+            "heartbeat_timeout": HEARTBEAT_TIMEOUT_MS,
+            "reconnect_ivl": RECONNECT_MS,
+            "reconnect_ivl_max": MAX_RECONNECT_MS,
+        }
+        for name, value in {**defaults, **options}.items():
+            self.raw.setsockopt(getattr(zmq, name.upper()), value)
+        self._attach()
+
+    @classmethod
+    def monitoring(cls, watched: LoopSocket, events: int) -> LoopSocket:
+        """Of what becomes of another socket's connections. Close it before that one."""
+        self = cls.__new__(cls)
+        self.raw = watched.raw.get_monitor_socket(events)
+        self._attach()
+        return self
+
+    def _attach(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._changed = asyncio.Event()
+        self._fd = cast(int, self.raw.get(zmq.FD))
+        self._loop.add_reader(self._fd, self._on_readable)
+
+    def _on_readable(self) -> None:
+        # The descriptor says that something changed, once; asking for the events takes that back (zmq_getsockopt(3)).
+        self._events()
+        self._changed.set()
+
+    def take(self) -> list[bytes] | None:
+        """The next message, if one is here."""
+        try:
+            return self.raw.recv_multipart(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+
+    async def receive(self, timeout_s: float | None = None) -> list[bytes] | None:
+        """The next message; None when there is none in time."""
+        if (frames := self.take()) is None:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    while (frames := self.take()) is None:
+                        await self._change(zmq.POLLIN)
+            except TimeoutError:
+                return None
+        return frames
+
+    def send(self, frames: list[bytes]) -> bool:
+        """Send without waiting; False when the queue is full, or (DEALER) nobody is connected.
+
+        Raises zmq.ZMQError when (ROUTER) the peer has left.
+        """
+        try:
+            self.raw.send_multipart(frames, zmq.NOBLOCK, copy=False)  # small ones are copied all the same
+        except zmq.Again:
+            return False
+        finally:
+            if self._events() & zmq.POLLIN:  # sending may have taken the descriptor's sign of it
+                self._changed.set()
+        return True
+
+    async def send_within(self, frames: list[bytes], timeout_s: float) -> bool:
+        """Send as soon as it can be; False when it cannot in time."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while not self.send(frames):
+                    await self._change(zmq.POLLOUT)
+        except TimeoutError:
+            return False
+        return True
+
+    async def _change(self, wanted: int) -> None:
+        """Until something may have become of what is wanted."""
+        self._changed.clear()
+        if not self._events() & wanted:
+            await self._changed.wait()
+
+    def _events(self) -> int:
+        return cast(int, self.raw.get(zmq.EVENTS))
+
+    def close(self, linger_ms: int = 0) -> None:
+        """Close the socket; what is queued may leave for `linger_ms`, unheeded."""
+        if not self.raw.closed:
+            self._loop.remove_reader(self._fd)
+            self.raw.disable_monitor()
+            self.raw.close(linger_ms)
