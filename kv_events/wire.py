@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any, overload
 
 import msgpack
@@ -36,6 +37,8 @@ MAX_STRING_BYTES = 256
 MAX_BLOCK_SIZE = 2**20  # tokens
 MAX_COUNT = 2**63 - 1  # of epochs and sequence numbers
 MAX_HASH = 2**64 - 1
+
+_CHUNK = 2**12  # integers that are Python's at once, before they go into an array
 
 
 class WireError(Exception):
@@ -62,6 +65,8 @@ def encode(batch: EventBatch, *, positional: bool = False) -> bytes:
     encoded = [list(event.values()) for event in events] if positional else events
     ours = (VERSION, batch.worker, batch.epoch, batch.seq, batch.digest)
     payload: bytes = msgpack.packb([batch.ts, encoded, 0, *ours])
+    if len(payload) > MAX_PAYLOAD_BYTES:  # only names of unknown kinds could do it
+        raise WireError(f"batch {batch.seq} of {batch.worker} is too large to be sent")
     return payload
 
 
@@ -77,13 +82,16 @@ def _encode_event(event: Event) -> dict[str, Any]:
                 "block_size": event.block_size,
                 "lora_id": None,
                 "medium": event.medium,
+                "lora_name": None,  # may be nil, not missing, to vLLM's own reader
             }
         case BlockRemoved():
             return {"type": "BlockRemoved", "block_hashes": event.block_hashes.tolist(), "medium": event.medium}
         case AllBlocksCleared():
             return {"type": "AllBlocksCleared"}
-        case UnknownEvent():
-            raise WireError(f"an event of the unknown kind {event.kind} cannot be sent")
+        case UnknownEvent():  # from whoever records what it has read
+            if event.kind in _POSITIONS or not 1 <= len(event.kind.encode()) <= MAX_STRING_BYTES:
+                raise WireError(f"{event.kind[:40]!r} is no unknown kind: 1 to {MAX_STRING_BYTES} bytes, none known")
+            return {"type": event.kind}
 
 
 _decode_natively = getattr(native, "decode_batch", None)
@@ -92,10 +100,11 @@ _decode_natively = getattr(native, "decode_batch", None)
 class DecodedEvents(Sequence[Event]):
     """The events of a batch that the native core has read: columns for the tree, values for whoever looks at them."""
 
-    __slots__ = ("_source", "changes")
+    __slots__ = ("_source", "changes", "size_bytes")
 
     def __init__(self, payload: bytes, changes: Changes) -> None:
         self.changes = changes
+        self.size_bytes = len(payload)  # of the whole batch
         self._source: bytes | Sequence[Event] = payload
 
     def __len__(self) -> int:
@@ -293,11 +302,14 @@ class _Reader:
         return True
 
     def _integers(self, field: str, limit: int, dtype: type[Any]) -> NDArray[Any]:
-        unpack = self._unpacker.unpack
-        values = [unpack() for _ in range(self.array_header(field, limit))]
-        if not set(map(type, values)) <= {int}:
-            raise WireError(f"{field} hold other than integers")
-        return np.array(values, dtype=dtype)  # OverflowError out of its range
+        count, chunks = self.array_header(field, limit), [np.empty(0, dtype=dtype)]
+        for start in range(0, count, _CHUNK):
+            wanted = min(_CHUNK, count - start)
+            values = list(islice(self._unpacker, wanted))
+            if len(values) < wanted or set(map(type, values)) != {int}:
+                raise WireError(f"{field} hold other than integers, or end early")
+            chunks.append(np.array(values, dtype=dtype))  # OverflowError out of its range
+        return chunks[-1] if len(chunks) <= 2 else np.concatenate(chunks)
 
     @staticmethod
     def _bounded(field: str, count: Any, limit: int) -> int:

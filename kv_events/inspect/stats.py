@@ -21,7 +21,7 @@ from radix.tree import DEFAULT_MAX_BLOCKS_PER_WORKER, REMOVE, STORE, Changes, Ti
 
 RATE_WINDOW_S = 10.0
 _WINDOW_STEPS = 20
-_EVENT_BYTES = np.array([105, 45, 25])  # of a STORE, a REMOVE, a CLEAR without hashes and tokens
+_EVENT_BYTES = np.array([116, 45, 25])  # of a STORE, a REMOVE, a CLEAR without hashes and tokens
 
 LAG_BATCHES = 1024
 """Batches whose lag is remembered: enough for a p99."""
@@ -254,13 +254,14 @@ class _SlidingSums:
 
 def size_about(batch: EventBatch) -> int:
     """About how many bytes kv_events.wire makes of a batch, without making them."""
+    if isinstance(batch.events, DecodedEvents):
+        return batch.events.size_bytes
     changes = changes_of(batch.events)
     size = 38 + len(batch.worker) + 9 * len(changes.hashes)  # most hashes take 9 bytes
     size += int(_EVENT_BYTES[changes.kinds].sum())
-    if not isinstance(batch.events, DecodedEvents):  # which hold no tokens
-        for event in batch.events:
-            if isinstance(event, BlockStored) and event.token_ids is not None:
-                size += 4 * len(event.token_ids)  # up to 5 each
+    for event in batch.events:
+        if isinstance(event, BlockStored) and event.token_ids is not None:
+            size += 4 * len(event.token_ids)  # up to 5 each
     return size
 
 

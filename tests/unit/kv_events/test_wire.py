@@ -352,14 +352,14 @@ def test_the_native_core_reads_what_our_own_workers_send(positional: bool) -> No
 
 @needs_native
 def test_what_is_not_common_is_left_to_python() -> None:
-    """Prompt tokens, other mediums, kinds, fields and elements, and text that is not ASCII."""
+    """Other mediums, kinds, fields and elements, and text that is not ASCII."""
     for payload in (
-        wire.encode(THREE),
         wire.encode(common(BlockRemoved(blocks(1), "CPU_PINNED"))),
         wire.encode(common(worker="wörker")),
         raw([{"type": "BlockPromoted"}]),
         raw([stored(group_idx=1)]),
         raw([stored(lora_id=3)]),
+        raw([stored(lora_name="x")]),
         raw([{"type": "BlockRemoved", "block_hashes": [1], "block_size": 4}]),
         raw([], further=1),
         raw([{**stored(medium="CPU"), "mediun": None}]).replace(b"mediun", b"medium"),
@@ -514,7 +514,56 @@ def test_the_largest_batch_fits_a_payload() -> None:
     assert len(decode(payload).events) == wire.MAX_EVENTS_PER_BATCH
 
 
-def test_unknown_events_are_not_sent() -> None:
-    """Nobody can know what they would say."""
-    with pytest.raises(wire.WireError, match="unknown kind"):
-        wire.encode(batch(UnknownEvent("x")))
+@pytest.mark.parametrize("positional", [False, True])
+def test_unknown_events_keep_their_kind(positional: bool) -> None:
+    """A recorder writes what it has read: of an event that it does not know, the kind."""
+    payload = wire.encode(batch(UnknownEvent("BlockMoved"), STORED), positional=positional)
+    assert wire.decode(payload).events[0] == UnknownEvent("BlockMoved")
+    assert plain(wire.decode(payload).events[1]) == plain(STORED)
+    for kind in ("", "x" * 257, "BlockStored"):
+        with pytest.raises(wire.WireError, match="no unknown kind"):
+            wire.encode(batch(UnknownEvent(kind)), positional=positional)
+    names = [UnknownEvent("x" * 256)] * (wire.MAX_EVENTS_PER_BATCH - 1)
+    tokens = np.full(wire.MAX_TOKENS_PER_BATCH, 2**32 - 1, dtype=np.uint32)
+    with pytest.raises(wire.WireError, match="too large"):
+        wire.encode(batch(BlockStored(blocks(1), 0, 16, tokens), *names), positional=positional)
+
+
+@needs_native
+@pytest.mark.parametrize("positional", [False, True])
+def test_prompt_tokens_do_not_slow_a_router_down(positional: bool) -> None:
+    """A batch with tokens is read natively, by its columns; whoever looks at an event sees its tokens."""
+    payload = wire.encode(THREE, positional=positional)
+    assert is_read_natively(payload)
+    assert [plain(event) for event in decode(payload).events] == [plain(event) for event in THREE.events]
+    most = np.full(wire.MAX_TOKENS_PER_BATCH // 2, 70_000, dtype=np.uint32)
+    halves = [BlockStored(blocks(1), 0, 16, most), BlockStored(blocks(2), 1, 16, most)]
+    assert is_read_natively(wire.encode(batch(*halves), positional=positional))
+    over = raw([stored(token_ids=most.tolist()), stored(token_ids=most.tolist()), stored(token_ids=[1])])
+    with pytest.raises(wire.WireError):
+        wire.decode(over)
+    for token in (2**32, -1, 1.0, None):
+        with pytest.raises(wire.WireError):
+            wire.decode(raw([stored(token_ids=[1, token])]))
+
+
+def test_a_payload_has_one_limit_for_both_decoders() -> None:
+    """Integers written larger than they need be make one that is too large, and within every other limit."""
+    tokens = b"\xdd" + struct.pack(">I", 950_000) + (b"\xcf" + bytes(7) + b"\x05") * 950_000
+    payload = raw([stored(token_ids="?")]).replace(b"\xa1?", tokens)
+    assert len(payload) > wire.MAX_PAYLOAD_BYTES
+    with pytest.raises(wire.WireError, match="bytes: at most"):
+        wire.decode(payload)
+
+
+@pytest.mark.parametrize("field", ["block_hashes", "token_ids"])
+def test_arrays_of_empty_arrays_cost_no_more_than_their_bytes(field: str) -> None:
+    """A byte each in the payload, 64 in memory: they are not all made before they are refused."""
+    count = 2**16 if field == "block_hashes" else 2**20
+    payload = raw([stored(**{field: "?"})]).replace(b"\xa1?", b"\xdd" + struct.pack(">I", count) + b"\x90" * count)
+    tracemalloc.start()
+    with pytest.raises(wire.WireError):
+        wire.decode(payload)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3 * len(payload) + 2**20

@@ -259,11 +259,11 @@ def test_times_do_not_go_back() -> None:
 
 
 def test_what_has_no_bytes_is_refused_and_nothing_is_written() -> None:
-    """An event of a kind that is not known, a name that is none."""
+    """An event without a kind, a name that is none."""
     file = Kept()
     with RecordingWriter(file) as writer:
         with pytest.raises(wire.WireError, match="unknown kind"):
-            writer.batch("w0", EventBatch("w0", 1, 0, (UnknownEvent("New"),), bytes(16), 0.0), 1)
+            writer.batch("w0", EventBatch("w0", 1, 0, (UnknownEvent(""),), bytes(16), 0.0), 1)
         for name in ("", "x" * 300):
             with pytest.raises(wire.WireError, match="a worker's name"):
                 writer.mark(name, "", 1)
