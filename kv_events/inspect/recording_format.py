@@ -203,7 +203,8 @@ def parse_frame(data: bytes, offset: int) -> Frame:
     """A frame's head from its FRAME_BYTES. Raises RecordingError for damage, and for sizes over the limits."""
     if len(data) != FRAME_BYTES or not _is_checked(data):
         raise RecordingError("the head of a frame is damaged", offset)
-    frame = Frame(*_FRAME.unpack_from(data), offset)
+    magic, number, stored_bytes, raw_bytes, records, first_ns, last_ns, check = _FRAME.unpack_from(data)
+    frame = Frame(magic, number, stored_bytes, raw_bytes, records, first_ns, last_ns, check, offset)
     limit = {CHUNK: MAX_RECORD_BYTES + CHUNK_BYTES, INDEX: MAX_INDEX_BYTES}.get(frame.magic)
     if limit is None:
         raise RecordingError(f"a frame of the unknown kind {frame.magic!r}", offset)

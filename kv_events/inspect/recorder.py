@@ -1,0 +1,81 @@
+"""Recorder: writes down what comes on some streams, as it comes, and keeps a view of each. No clock of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from kv_events.bus import Resync
+from kv_events.events import EventBatch, Snapshot
+from kv_events.inspect.observer import Observer
+from kv_events.inspect.recording import RecordingWriter
+from kv_events.wire import WireError
+
+
+class Recorder:
+    """What several streams bring goes into one recording, and into `observer`, which says what is missing.
+
+    Everything that came is written in the order in which it came: duplicates, late batches, and the snapshots and
+    replays that healed a gap. So a recording replays to what the recorder saw.
+    """
+
+    def __init__(self, writer: RecordingWriter, observer: Observer, clock_ns: Callable[[], int]) -> None:
+        """`clock_ns` tells wall time in ns that does not step back."""
+        self.writer = writer
+        self.observer = observer
+        self.clock_ns = clock_ns
+        self.batches = 0  # written
+        self.unwritten = 0  # batches that have no bytes: a snapshot was taken in the place of each
+
+    def consumer(self, name: str) -> RecordedStream:
+        """A stream, as an EventConsumer for kv_events.bus.follow."""
+        self.observer.add(name)
+        return RecordedStream(self, name)
+
+
+class RecordedStream:
+    """One stream of a recorder: a kv_events.bus.EventConsumer."""
+
+    def __init__(self, recorder: Recorder, name: str) -> None:
+        self._recorder = recorder
+        self._name = name
+        self._needed = Resync.NONE
+
+    def position(self) -> tuple[int, int]:
+        """See EventConsumer."""
+        return self._recorder.observer.position(self._name)
+
+    def offer(self, batch: EventBatch) -> Resync:
+        """See EventConsumer."""
+        recorder = self._recorder
+        now_ns = recorder.clock_ns()
+        try:
+            recorder.writer.batch(self._name, batch, now_ns)
+        except WireError as error:  # larger than what any bus carries
+            recorder.unwritten += 1
+            recorder.writer.mark(self._name, f"not written: {error}", now_ns)
+            return Resync.SNAPSHOT
+        recorder.batches += 1
+        needed = recorder.observer.offer(self._name, batch, now_ns / 1e9)
+        if needed is not Resync.NONE and needed is not self._needed:
+            epoch, seq = self.position()
+            recorder.writer.mark(self._name, f"{needed.value} asked for at batch {seq} of epoch {epoch}", now_ns)
+        self._needed = needed
+        return needed
+
+    def restore(self, snapshot: Snapshot) -> bool:
+        """See EventConsumer."""
+        recorder = self._recorder
+        now_ns = recorder.clock_ns()
+        if not recorder.observer.restore(self._name, snapshot, now_ns / 1e9):
+            recorder.writer.mark(self._name, f"refused a snapshot at batch {snapshot.next_seq}", now_ns)
+            return False
+        recorder.writer.snapshot(self._name, snapshot, now_ns)
+        self._needed = Resync.NONE
+        return True
+
+    def malformed(self) -> None:
+        """See EventConsumer."""
+        recorder = self._recorder
+        recorder.writer.mark(self._name, "malformed: not a batch", recorder.clock_ns())
+        if view := recorder.observer.view(self._name):
+            view.malformed()
