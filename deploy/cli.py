@@ -103,6 +103,9 @@ def worker(
     max_batched_tokens: Annotated[int, typer.Option(help="token budget of an engine step")] = 512,
     max_running: Annotated[int, typer.Option(help="sequences that run at once")] = 64,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait")] = 256,
+    event_token_ids: Annotated[
+        bool, typer.Option("--event-token-ids", help="events tell the prompts' tokens, too: Dynamo and llm-d need them")
+    ] = False,
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores]")] = None,
     advertise: Annotated[
         str | None, typer.Option(help="host by which others reach this worker [default: --host]")
@@ -128,6 +131,7 @@ def worker(
         max_batched_tokens=max_batched_tokens,
         max_running=max_running,
         max_waiting=max_waiting,
+        event_token_ids=event_token_ids,
         threads=threads,
         advertise=advertise,
         validate=validate,

@@ -57,6 +57,7 @@ class WorkerSettings:
     max_batched_tokens: int = 512
     max_running: int = 64
     max_waiting: int = 256
+    event_token_ids: bool = False  # events tell the prompts' tokens; whoever reads them reads the prompts
     threads: int | None = None
     insecure: bool = False
     advertise: str | None = None  # the host by which routers and clients reach this worker; default: `host`
@@ -187,6 +188,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         max_batched_tokens=settings.max_batched_tokens,
         max_running=settings.max_running,
         max_waiting=settings.max_waiting,
+        event_token_ids=settings.event_token_ids,
     )
     if config.max_model_len > model_config.max_position_embeddings:
         limit = f"at most the model's {model_config.max_position_embeddings}"

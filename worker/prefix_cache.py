@@ -8,7 +8,7 @@ prefixes that share a hash or a whole key, by chance or by design, cost misses a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -40,6 +40,19 @@ def hash_of(key: bytes) -> int:
     return int.from_bytes(key[:8], "little")
 
 
+@dataclass(slots=True)
+class _Chain:
+    """Blocks stored one after another: an event in the making."""
+
+    parent_hash: int
+    hashes: list[int] = field(default_factory=list)
+    tokens: list[bytes] = field(default_factory=list)  # of each, as `pack` makes them; none where they are not told
+
+    def event(self, block_size: int) -> BlockStored:
+        tokens = np.frombuffer(b"".join(self.tokens), np.uint32) if self.tokens else None
+        return BlockStored(np.array(self.hashes, np.uint64), self.parent_hash, block_size, tokens)
+
+
 def _same_prefix(one: CachedBlock | None, other: CachedBlock | None) -> bool:
     """Whether both end the same prefix. Takes one step where both have one parent object."""
     while one is not other:
@@ -52,13 +65,15 @@ def _same_prefix(one: CachedBlock | None, other: CachedBlock | None) -> bool:
 class PrefixCache:
     """Block hash -> block, over a pool of its own making. Of two prefixes under one hash the first is listed."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, *, include_token_ids: bool = False) -> None:
+        """`include_token_ids`: events tell the tokens of stored blocks, too."""
         self.block_size = block_size
+        self._include_token_ids = include_token_ids
         self._block_bytes = 4 * block_size
         self.pool = BlockPool(num_blocks, self._forget)
         self._by_hash: dict[bytes, int] = {}  # by the first 8 bytes of a key
         self._contents: dict[int, CachedBlock] = {}
-        self._events: list[Event] = []
+        self._events: list[Event | _Chain] = []
         self.collisions = 0  # full blocks that stayed unlisted, as another prefix was listed under their hash
 
     def __len__(self) -> int:
@@ -114,8 +129,8 @@ class PrefixCache:
 
     def take_events(self) -> tuple[Event, ...]:
         """What changed since the last call."""
-        events, self._events = tuple(self._events), []
-        return events
+        noted, self._events = self._events, []
+        return tuple(each.event(self.block_size) if isinstance(each, _Chain) else each for each in noted)
 
     def check(self) -> None:
         """Assert the pool's invariants and that both directions agree."""
@@ -131,12 +146,13 @@ class PrefixCache:
         """Note a stored block; blocks that follow one another in a chain share an event."""
         block_hash = hash_of(content.key)
         parent_hash = ROOT_HASH if content.parent is None else hash_of(content.parent.key)
-        last = self._events[-1] if self._events else None
-        if isinstance(last, BlockStored) and parent_hash != ROOT_HASH and int(last.block_hashes[-1]) == parent_hash:
-            hashes = np.append(last.block_hashes, np.uint64(block_hash))
-            self._events[-1] = BlockStored(hashes, last.parent_hash, self.block_size)
-        else:
-            self._events.append(BlockStored(np.array([block_hash], np.uint64), parent_hash, self.block_size))
+        chain = self._events[-1] if self._events else None
+        if not isinstance(chain, _Chain) or parent_hash == ROOT_HASH or chain.hashes[-1] != parent_hash:
+            chain = _Chain(parent_hash)
+            self._events.append(chain)
+        chain.hashes.append(block_hash)
+        if self._include_token_ids:
+            chain.tokens.append(content.tokens)
 
     def _forget(self, block: int) -> None:
         content = self._contents.pop(block)

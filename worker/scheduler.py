@@ -26,6 +26,7 @@ class SchedulerConfig:
     max_batched_tokens: int = 512  # of a step: bounds how long a prefill holds up the others' next token
     max_running: int = 64  # sequences
     max_waiting: int = 256  # requests
+    event_token_ids: bool = False  # events tell the prompts' tokens, which consumers of other makes want
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_model_len", "max_batched_tokens", "max_running", "max_waiting"):
@@ -55,7 +56,7 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, stop_tokens: frozenset[int] = frozenset()) -> None:
         """`stop_tokens`: the model's end-of-sequence tokens, which `min_tokens` holds off."""
         self.config = config
-        self.cache = PrefixCache(config.num_blocks, config.block_size)
+        self.cache = PrefixCache(config.num_blocks, config.block_size, include_token_ids=config.event_token_ids)
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
         self.preemptions = 0

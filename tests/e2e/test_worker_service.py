@@ -18,6 +18,7 @@ from grpc_status import rpc_status
 
 from deploy.processes import WorkerSettings, running_worker
 from kv_events.bus.grpc import GrpcEventSource
+from kv_events.events import BlockStored
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import hashes_of
 from rhizome import rpc, ticket
@@ -275,6 +276,23 @@ def test_events_tell_what_the_cache_holds(tiny_model: Path) -> None:
         assert len((await source.snapshot()).block_hashes) == 0
 
     with_worker(tiny_model, test)
+
+
+def test_events_tell_prompts_where_the_worker_is_set_to(tiny_model: Path) -> None:
+    """For consumers that need tokens; their keys are those of the event."""
+
+    async def test(served: Worker) -> None:
+        prompt = [at % 250 for at in range(40)]
+        await served.chunks(request(prompt, max_tokens=1))
+        batches = await GrpcEventSource(served.channel).replay(0, 0)
+        (stored,) = [event for batch in batches for event in batch.events]
+        assert isinstance(stored, BlockStored)
+        assert stored.token_ids is not None
+        assert stored.token_ids.tolist() == prompt[:32]
+        keys = BlockHasher(16, derive_salt("tiny")).keys(stored.token_ids)
+        assert stored.block_hashes.tolist() == hashes_of(keys).tolist()
+
+    with_worker(tiny_model, test, event_token_ids=True)
 
 
 def test_own_keys_are_made_under_the_fleets_secret(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:

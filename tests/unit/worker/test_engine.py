@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from numpy.typing import ArrayLike
 
+from kv_events.events import BlockStored
 from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from radix import make_tree
@@ -367,3 +368,21 @@ def test_step_times_are_told_apart() -> None:
     assert (times.prefill_steps, times.prefill_tokens, times.decode_steps, times.decode_tokens) == (1, 3, 2, 2)
     assert times.prefill_s == 1.0
     assert times.decode_s == 2.0
+
+
+def test_an_engine_tells_tokens_in_its_events_where_it_is_set_to() -> None:
+    """Prompt and answer, as they fill blocks; by default none."""
+    prompt = list(range(1, 10))
+    for told in (False, True):
+        engine = make_engine(dataclasses.replace(CONFIG, event_token_ids=told))
+        engine.add(request("a", prompt))
+        answer = run(engine)["a"][0]
+        events = [event for batch in engine.event_log.since(0) for event in batch.events]
+        stored = [event for event in events if isinstance(event, BlockStored)]
+        assert stored
+        if told:
+            tokens = [token for event in stored if event.token_ids is not None for token in event.token_ids.tolist()]
+            assert tokens == [*prompt, *answer][: len(tokens)]
+            assert len(tokens) == 4 * sum(len(event.block_hashes) for event in stored) > len(prompt)
+        else:
+            assert all(event.token_ids is None for event in stored)

@@ -141,6 +141,24 @@ def test_blocks_of_a_chain_share_an_event_and_a_fork_starts_a_new_one() -> None:
     assert cache.take_events() == ()
 
 
+def test_events_tell_tokens_only_where_they_are_asked_for() -> None:
+    """Prompts stay here by default; else each event has the tokens of all its blocks, in order."""
+    tokens = [*range(11), 2**32 - 1]
+    for include in (False, True):
+        cache = PrefixCache(8, 4, include_token_ids=include)
+        fill(cache, tokens)
+        fill(cache, [*tokens[:4], 7, 7, 7, 7])
+        cache.pool.release([fill(cache, [8, 8, 8, 8])[0]])
+        events = cache.take_events()
+        told = [event.token_ids for event in events if isinstance(event, BlockStored)]
+        assert len(told) == len(events) == 3
+        if include:
+            assert [each.tolist() for each in told if each is not None] == [tokens, [7] * 4, [8] * 4]
+            assert all(each is not None and each.dtype == np.uint32 for each in told)
+        else:
+            assert told == [None] * 3
+
+
 def test_eviction_takes_the_tail_first_and_says_so() -> None:
     """Blocks released tail first are evicted tail first, so a prefix outlives what follows it."""
     cache = PrefixCache(3, 4)
