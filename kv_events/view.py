@@ -48,8 +48,9 @@ class WorkerView:
     is known, says SNAPSHOT after each batch, and is in step again with a snapshot, or as soon as digests agree.
 
     A batch of a new epoch drops the blocks of the former one at once. Had the epoch been damaged on the way, all that
-    the worker says would be taken for old. So, until a snapshot of the new epoch has come, old batches lead to SNAPSHOT;
-    where OLD_SNAPSHOTS of an older epoch come in a row, with no batch of the new one between, that one is right.
+    the worker says would be taken for old. So, until a snapshot of the new epoch has come, old batches lead to
+    SNAPSHOT; where OLD_SNAPSHOTS of an older epoch come in a row, with no batch of the new one between, that one is
+    right.
 
     Where a cap of the tree keeps blocks of the worker out, the digests cannot agree, and a snapshot would not help: the
     view goes on with what got in, not in step, and says SNAPSHOT once there is room for a good part of the rest.
