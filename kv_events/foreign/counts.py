@@ -16,6 +16,7 @@ class MapCounts:
     unknown: int = 0  # of a kind that this release does not know
     # Stores that were not mapped, by reason.
     other_groups: int = 0  # of a group whose attention is not full
+    remote: int = 0  # of blocks that are not on the server itself
     misfits: int = 0  # tokens that are not those of the blocks (hybrid models)
     conflicts: int = 0  # a hash that was told with another parent, adapter or salt
     refused: int = 0  # no room

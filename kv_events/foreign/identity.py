@@ -8,13 +8,15 @@ import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, tier_of
 from kv_events.foreign.counts import MapCounts
-from kv_events.foreign.dialects import BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
+from kv_events.foreign.events import BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
 from kv_events.foreign.labels import Groups
 from kv_events.wire import MAX_BLOCK_SIZE
 from radix.keys import ROOT_HASH
 from radix.tree import Tier
 
 MEDIUMS = {Tier.DEVICE: "GPU", Tier.HOST: "CPU", Tier.DISK: "DISK"}
+
+REMOTE = "REMOTE"  # the locality of blocks that another host holds for a server: it would have to fetch them
 
 MAX_PARENTS = 2**20
 """Blocks whose parents are remembered, for copies in other tiers that are told without: about 100 MiB."""
@@ -47,11 +49,7 @@ class IdentityMapper:
             case ForeignStored():
                 return self._store(event)
             case ForeignRemoved():
-                hashes = self._hashes(event.block_hashes)
-                if not self._groups.removes(event.group_idx) or not hashes:
-                    return []
-                self.counts.removed += len(hashes)
-                return [BlockRemoved(np.array(hashes, dtype=np.uint64), MEDIUMS[tier_of(event.medium)])]
+                return self._remove(event)
             case ForeignCleared():
                 self.counts.cleared += 1
                 return [AllBlocksCleared()]
@@ -71,6 +69,9 @@ class IdentityMapper:
         if not self._groups.stores(event.group_idx, event.spec_kind):
             self.counts.other_groups += 1
             return []
+        if event.locality == REMOTE:
+            self.counts.remote += 1
+            return []
         hashes = self._hashes(event.block_hashes)
         if not hashes:
             return []
@@ -85,6 +86,13 @@ class IdentityMapper:
         while len(self._parents) > self._max_parents:
             del self._parents[next(iter(self._parents))]
         return [BlockStored(np.array(hashes, dtype=np.uint64), parent, self._block_size, None, medium)]
+
+    def _remove(self, event: ForeignRemoved) -> list[Event]:
+        hashes = self._hashes(event.block_hashes)
+        if event.locality == REMOTE or not self._groups.removes(event.group_idx) or not hashes:
+            return []
+        self.counts.removed += len(hashes)
+        return [BlockRemoved(np.array(hashes, dtype=np.uint64), MEDIUMS[tier_of(event.medium)])]
 
     def _store_in_tier(self, hashes: list[int], medium: str) -> list[Event]:
         """Told by hashes alone, in no order: each follows what it was known to follow."""

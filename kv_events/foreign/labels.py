@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from kv_events.foreign.dialects import ExtraKey, ForeignStored
+from kv_events.foreign.events import ExtraKey, ForeignStored
 from radix.hashing import SALT_BYTES, BlockHasher, derive_salt
 
 FULL_ATTENTION = frozenset({"full_attention", "mla_attention", "sink_full_attention", "unknown", "", None})

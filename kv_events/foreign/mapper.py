@@ -17,8 +17,8 @@ import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, tier_of
 from kv_events.foreign.counts import MapCounts
-from kv_events.foreign.dialects import BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
-from kv_events.foreign.identity import MEDIUMS, IdentityMapper
+from kv_events.foreign.events import BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
+from kv_events.foreign.identity import MEDIUMS, REMOTE, IdentityMapper
 from kv_events.foreign.labels import Groups, Label, Realm, Realms, label_of
 from kv_events.foreign.nodes import Forest, Node, Orphan
 from kv_events.wire import MAX_BLOCK_SIZE
@@ -128,6 +128,9 @@ class KeyMapper:
     def _store(self, event: ForeignStored) -> list[Event]:
         if not self._groups.stores(event.group_idx, event.spec_kind):
             self.counts.other_groups += 1
+            return []
+        if event.locality == REMOTE:
+            self.counts.remote += 1
             return []
         tier = tier_of(event.medium)
         hashes, tokens, size = event.block_hashes, event.token_ids, event.block_size
@@ -277,7 +280,7 @@ class KeyMapper:
     # Removals.
 
     def _remove(self, event: ForeignRemoved) -> list[Event]:
-        if not self._groups.removes(event.group_idx):
+        if event.locality == REMOTE or not self._groups.removes(event.group_idx):
             return []
         forest = self._forest
         tier = tier_of(event.medium)

@@ -7,7 +7,7 @@ from itertools import chain
 from typing import NamedTuple
 
 from kv_events.foreign.counts import MapCounts
-from kv_events.foreign.dialects import BlockHash
+from kv_events.foreign.events import BlockHash
 from kv_events.foreign.labels import Realm
 from radix.keys import KEY_BYTES, ROOT_HASH, BlockKeys, Tokens
 from radix.tree import Tier

@@ -14,7 +14,7 @@ No I/O and no clock. The shell around it (kv_events.bus.foreign_zmq) does this:
     if stream.needs_replay:                             # look after each call; one replay at a time
         from_seq = stream.begin_replay()                # asks the ROUTER socket: [empty, from_seq as 8 bytes]
         stream.replayed(seq, payload)                   # each answer, meanwhile offers go on
-        stream.end_replay(answered=True)                # the end marker; False: none came in time, or no socket is there
+        stream.end_replay(answered=True)                # the end marker; False: it did not come, or no socket is there
     stream.log                                          # read it anew after each restart: the former one is closed
 """
 
@@ -25,7 +25,8 @@ from math import inf
 from typing import TypeAlias
 
 from kv_events.events import AllBlocksCleared, Event
-from kv_events.foreign.dialects import ForeignBatch, decode_foreign
+from kv_events.foreign.dialects import decode_foreign
+from kv_events.foreign.events import ForeignBatch
 from kv_events.foreign.mapper import Mapper
 from kv_events.log import DEFAULT_CAPACITY, EventLog
 from kv_events.wire import WireError
@@ -328,8 +329,8 @@ class ForeignStream:
                 self._start_at(first + (self._waiting[first] is None))
 
     def _learn_that_nothing_is_kept(self, from_seq: int) -> None:
-        """The server keeps no batch from `from_seq` on. If we know that there were some, this is another process (or one
-        that keeps none, for which the same is right: to forget)."""
+        """The server keeps no batch from `from_seq` on. If we know of some, this is another process (or one that keeps
+        none, for which the same is right: to forget)."""
         if from_seq:
             self._restart(at_any_time=True)
         else:
