@@ -15,9 +15,9 @@ from kv_events.bus.memory import Signal
 from kv_events.bus.redis_stream import (
     BATCH,
     END,
-    START,
     TTL_S,
     StreamId,
+    answer,
     connect,
     last_entry,
     said,
@@ -26,6 +26,7 @@ from kv_events.bus.redis_stream import (
 )
 from kv_events.bus.redis_window import Window
 from kv_events.bus.url import BusUrl
+from kv_events.events import Snapshot
 from kv_events.log import EventLog, LoggedBatch
 from kv_events.snapshot_bytes import encode_snapshot
 from rhizome.errors import Trimmed
@@ -39,6 +40,26 @@ PIPELINED_BYTES = 4 * 2**20  # of payload; a larger batch goes alone
 REFRESH_S = 10.0  # the keys' life is prolonged, which also shows whether they are there
 SNAPSHOT_S = 30.0  # the oldest snapshot of a worker that goes on: a bad entry in the stream is healed after that
 FIRST_RETRY_S, MAX_RETRY_S = 0.1, 5.0
+
+WRITE_SNAPSHOT = """
+local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
+local at = last and last[1] or ''
+if at ~= ARGV[1] then
+    return at
+end
+if ARGV[2] ~= '' then
+    if not last then
+        redis.call('DEL', KEYS[1])
+    end
+    redis.call('XADD', KEYS[1], 'MINID', '=', ARGV[2], ARGV[2], 'start', '')
+end
+redis.call('SET', KEYS[2], ARGV[3], 'EX', ARGV[4])
+redis.call('EXPIRE', KEYS[1], ARGV[4])
+return false
+"""
+"""Of the keys of stream and snapshot, and: where the stream must be, where it starts anew (or ''), the snapshot, TTL_S.
+Answers where the stream is if that is elsewhere, having written nothing. (A stream whose entries were all deleted would
+refuse IDs smaller than theirs, so it is deleted.)"""
 
 
 class _Superseded(Exception):
@@ -65,6 +86,7 @@ class RedisPublisher:
         self._trimmed = 0  # the position before which entries were let go
         self._refreshed_s = self._snapshot_s = 0.0  # when, on the loop's clock
         self._failures = 0  # in a row
+        self._away = False  # failures were told of
 
     async def close(self) -> None:
         """Close the connection."""
@@ -88,10 +110,9 @@ class RedisPublisher:
                 except (Trimmed, _Lost) as error:
                     logger.info("%s: %s; looking where it stands", self._where, error)
                 except (RedisError, OSError) as error:
-                    level = logging.DEBUG if self._failures else logging.WARNING  # said once an outage
-                    logger.log(level, "%s: %s; trying until events can be published there", self._where, said(error))
-                except Exception:  # a defect here must not end the stream for good
-                    logger.log(logging.ERROR, "%s: publishing failed", self._where, exc_info=not self._failures)
+                    self._tell(logging.WARNING, f"{said(error)}; trying until events can be published there")
+                except Exception as error:  # a defect here must not end the stream for good
+                    self._tell(logging.ERROR, f"{error!r}; trying again", exc_info=True)
                 delay_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 10))
                 self._failures += 1
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
@@ -102,22 +123,14 @@ class RedisPublisher:
 
     async def _attach(self) -> bool:
         """Find out where the stream stands, and begin it where need be; false when its end is written already."""
-        from redis.exceptions import WatchError
-
-        async with self._redis.pipeline() as pipe:
-            await pipe.watch(self._stream)
-            last = await last_entry(pipe, self._stream)
-            if self._is_over(last):
-                return False
-            log, position = self._log, last[0].position if last else -1
-            goes_on = last is not None and last[0].epoch == log.epoch and log.first_seq <= position <= log.next_seq
-            try:
-                if not goes_on:
-                    await self._begin(pipe, is_new=last is None)
-            except WatchError:
-                raise _Lost("somebody else wrote to it") from None
-        if goes_on:
-            self._resume(position)
+        last = await last_entry(self._redis, self._stream)
+        if self._is_over(last):
+            return False
+        log, at = self._log, last[0] if last else None
+        if at is None or at.epoch != log.epoch or at.position < log.first_seq:
+            await self._begin(at)
+        else:
+            self._resume(at.position)
             await self._write_snapshot()
         return True
 
@@ -135,24 +148,15 @@ class RedisPublisher:
             )
         return False
 
-    async def _begin(self, pipe: Any, *, is_new: bool) -> None:
-        """Start the stream at the oldest batch that the log keeps, in one transaction with a snapshot."""
+    async def _begin(self, at: StreamId | None) -> None:
+        """Start the stream, which is at `at`, at the oldest batch that the log keeps, together with a snapshot."""
         first = self._log.first_seq  # before the snapshot, which then joins whatever is appended meanwhile
         snapshot = await asyncio.to_thread(self._log.snapshot)
         if first:  # the oldest may be gone by the time that they are sent
             first += (snapshot.next_seq - first) // 4
-        start = StreamId(self._log.epoch, first)
-        data = await asyncio.to_thread(encode_snapshot, snapshot)
-        pipe.multi()
-        if is_new:
-            pipe.delete(self._stream)  # one whose entries were all deleted would refuse smaller IDs
-        pipe.execute_command("XADD", self._stream, "MINID", "=", str(start), str(start), START, b"")
-        pipe.expire(self._stream, TTL_S)
-        pipe.set(self._snapshot_key, data, ex=TTL_S)
-        await pipe.execute()
+        await self._set_snapshot(at, snapshot, StreamId(self._log.epoch, first))
         self._window = Window(first, snapshot.next_seq, max_batches=self._max_batches, max_bytes=self._max_bytes)
         self._trimmed = first
-        self._written(snapshot=True)
 
     def _resume(self, position: int) -> None:
         """Go on from a position of this epoch that the stream has reached: its entries may be more than are known of,
@@ -195,17 +199,17 @@ class RedisPublisher:
         pipe = self._redis.pipeline(transaction=False)
         for entry in entries[:-1]:
             self._add(pipe, entry)
-        if window.first > self._trimmed:
-            self._add(pipe, entries[-1], "MINID", "~", str(StreamId(self._log.epoch, window.first + 1)))
-        else:
-            self._add(pipe, entries[-1])
-        for entry, reply in zip(entries, await pipe.execute(raise_on_error=False), strict=True):
+        first = window.first
+        trim = ("MINID", "~", str(StreamId(self._log.epoch, first + 1))) if first > self._trimmed else ()
+        self._add(pipe, entries[-1], *trim)
+        replies = await answer(pipe.execute(raise_on_error=False))
+        for entry, reply in zip(entries, replies, strict=True):
             if reply is None:
                 raise _Lost("it is gone")
             if isinstance(reply, Exception):
                 raise _Lost(said(reply)) if "equal or smaller" in str(reply) else reply
             window.add(len(entry.payload))
-        self._trimmed = window.first
+        self._trimmed = first
         self._written()
         return len(entries)
 
@@ -214,56 +218,56 @@ class RedisPublisher:
         pipe.execute_command("XADD", self._stream, "NOMKSTREAM", *trim, str(stream_id), BATCH, entry.payload)
 
     async def _write_snapshot(self) -> None:
-        """Replace the snapshot by one of now, once the stream has got so far; not where the stream is another's."""
-        from redis.exceptions import WatchError
-
+        """Replace the snapshot by one of now, once the stream has got so far."""
         snapshot = await asyncio.to_thread(self._log.snapshot)
-        data = await asyncio.to_thread(encode_snapshot, snapshot)
         window = self._kept()
         while window.next < snapshot.next_seq:
             await self._send_next()
-        async with self._redis.pipeline() as pipe:
-            await pipe.watch(self._stream)
-            last = await last_entry(pipe, self._stream)
-            if last is None or last[0] != (self._log.epoch, window.next):
-                raise _Lost(f"it is at {last and last[0]}, not at {self._log.epoch}-{window.next}")
-            pipe.multi()
-            pipe.set(self._snapshot_key, data, ex=TTL_S)
-            pipe.expire(self._stream, TTL_S)
-            try:
-                await pipe.execute()
-            except WatchError:
-                raise _Lost("somebody else wrote to it") from None
+        await self._set_snapshot(StreamId(self._log.epoch, window.next), snapshot)
         window.snapshot_taken(snapshot.next_seq)
-        self._written(snapshot=True)
+
+    async def _set_snapshot(self, at: StreamId | None, snapshot: Snapshot, start: StreamId | None = None) -> None:
+        """Write it, and a new start, if the stream is at `at`, and so this publisher's. Raises _Lost."""
+        data = await asyncio.to_thread(encode_snapshot, snapshot)
+        ids = (str(at or ""), str(start or ""))
+        found = await answer(
+            self._redis.eval(WRITE_SNAPSHOT, 2, self._stream, self._snapshot_key, *ids, data, str(TTL_S))
+        )
+        if found is not None:
+            raise _Lost(f"it is at {found!r}, not at {at}")
+        self._refreshed_s = self._snapshot_s = asyncio.get_running_loop().time()
+        self._written()
 
     async def _refresh(self) -> None:
         """Let both keys live on."""
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.expire(self._stream, TTL_S)
-            pipe.expire(self._snapshot_key, TTL_S)
-            if not all(await pipe.execute()):
-                raise _Lost("it, or its snapshot, is gone")
+        pipe = self._redis.pipeline(transaction=False)
+        pipe.expire(self._stream, TTL_S)
+        pipe.expire(self._snapshot_key, TTL_S)
+        if not all(await answer(pipe.execute())):
+            raise _Lost("it, or its snapshot, is gone")
         self._refreshed_s = asyncio.get_running_loop().time()
         self._written()
 
     async def _say_goodbye(self) -> None:
         end = StreamId(self._log.epoch, self._kept().next + 1)
-        reply = await self._redis.execute_command("XADD", self._stream, "NOMKSTREAM", str(end), END, b"")
-        if reply is None:
+        adding = self._redis.execute_command("XADD", self._stream, "NOMKSTREAM", str(end), END, b"")
+        if await answer(adding) is None:
             raise _Lost("it is gone")
 
     def _kept(self) -> Window:
         assert self._window is not None, "attached"
         return self._window
 
-    def _written(self, *, snapshot: bool = False) -> None:
+    def _written(self) -> None:
         """Redis took something."""
-        if self._failures:
+        if self._away:
             logger.info("%s: events of worker %s are published", self._where, self._log.worker)
-        self._failures = 0
-        if snapshot:
-            self._refreshed_s = self._snapshot_s = asyncio.get_running_loop().time()
+        self._failures, self._away = 0, False
+
+    def _tell(self, level: int, what: str, *, exc_info: bool = False) -> None:
+        """Once in each outage."""
+        logger.log(logging.DEBUG if self._away else level, "%s: %s", self._where, what, exc_info=exc_info)
+        self._away = True
 
 
 def _within(entries: list[LoggedBatch], size_bytes: int) -> list[LoggedBatch]:

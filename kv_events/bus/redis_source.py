@@ -13,6 +13,7 @@ from kv_events.bus.redis_stream import (
     END,
     START,
     StreamId,
+    answer,
     connect,
     last_entry,
     snapshot_key,
@@ -38,7 +39,7 @@ class RedisEventSource:
         """Connects when it is used. Raises InvalidRequest for credentials that cannot be read."""
         self._where = str(without_login(bus))
         self._stream = bus.name
-        self._redis: Any = connect(bus, block_s=BLOCK_S)
+        self._redis: Any = connect(bus)
 
     async def close(self) -> None:
         """Close all connections."""
@@ -48,7 +49,8 @@ class RedisEventSource:
         with unavailable(self._where):
             at, _ = await self._ends(epoch, from_seq)
             while True:
-                read = await self._redis.xread({self._stream: str(at)}, count=READ_ENTRIES, block=int(1000 * BLOCK_S))
+                blocking = self._redis.xread({self._stream: str(at)}, count=READ_ENTRIES, block=int(1000 * BLOCK_S))
+                read = await answer(blocking, BLOCK_S)
                 if not read:  # quiet, or the stream is gone or another one
                     await self._ends(at.epoch, at.position)
                 for entry in read[0][1] if read else ():
@@ -65,7 +67,7 @@ class RedisEventSource:
             size_bytes = 0
             while at < newest:
                 first = str(StreamId(at.epoch, at.position + 1))
-                entries = await self._redis.xrange(self._stream, first, str(newest), count=READ_ENTRIES)
+                entries = await answer(self._redis.xrange(self._stream, first, str(newest), count=READ_ENTRIES))
                 if not entries:
                     raise Trimmed(f"{self._where}: events up to {newest} were there, and are gone")
                 for entry in entries:
@@ -81,7 +83,7 @@ class RedisEventSource:
     async def snapshot(self) -> Snapshot:
         with unavailable(self._where):
             newest = await self._newest()
-            data = await self._redis.getrange(snapshot_key(self._stream), 0, MAX_SNAPSHOT_BYTES)
+            data = await answer(self._redis.getrange(snapshot_key(self._stream), 0, MAX_SNAPSHOT_BYTES))
         if not data:
             raise Unavailable(f"{self._where}: no snapshot is there")
         snapshot = await asyncio.to_thread(decode_snapshot, data)  # many blocks take a while

@@ -16,11 +16,12 @@ told to a router: what workers register has no login, and routers and tools brin
 
 from __future__ import annotations
 
+import asyncio
 import os
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 from urllib.parse import unquote
 
 from kv_events.bus.url import BusUrl
@@ -29,6 +30,8 @@ from rhizome.errors import InvalidRequest, Unavailable
 
 if TYPE_CHECKING:
     from redis.asyncio import Redis
+
+T = TypeVar("T")
 
 AUTH_VARIABLE = "RHIZOME_REDIS_AUTH"
 TIMEOUT_S = 5.0  # of connecting, and of each round trip
@@ -87,10 +90,10 @@ class StreamId(NamedTuple):
             raise WireError(f"{text!r:.100} is not an ID of a stream") from None
 
 
-def connect(bus: BusUrl, *, block_s: float = 0.0) -> Redis:
+def connect(bus: BusUrl) -> Redis:
     """A client that connects when it is used, and tries nothing twice: its users know what may be repeated.
 
-    `block_s`: the longest that a command of it blocks. Close it with `aclose`. Raises InvalidRequest.
+    `answer` bounds its commands. Close it with `aclose`. Raises InvalidRequest.
     """
     from redis.asyncio import Redis
     from redis.asyncio.retry import Retry
@@ -106,15 +109,27 @@ def connect(bus: BusUrl, *, block_s: float = 0.0) -> Redis:
         ssl=bus.scheme == "rediss",
         protocol=2,  # replies of the same shape from every release of server and client
         socket_connect_timeout=TIMEOUT_S,
-        socket_timeout=TIMEOUT_S + block_s,
+        socket_timeout=None,  # see `answer`
         retry=Retry(NoBackoff(), 0),
     )
 
 
-async def last_entry(redis: Any, stream: str) -> tuple[StreamId, Any] | None:
-    """ID and fields of a stream's newest entry; None where there is none. `redis`: a client, or a pipeline that
-    watches."""
-    entries = await redis.xrevrange(stream, count=1)
+async def answer(command: Awaitable[T], block_s: float = 0.0) -> T:
+    """What a command answers within TIMEOUT_S, and as much longer as it blocks. Raises TimeoutError.
+
+    redis-py's own timeout is no choice: it writes under asyncio.wait_for, which loses cancellations before Python 3.12.
+    """
+    limit_s = TIMEOUT_S + block_s
+    try:
+        async with asyncio.timeout(limit_s):
+            return await command
+    except TimeoutError as error:
+        raise TimeoutError(str(error) or f"no answer within {limit_s:g} s") from None
+
+
+async def last_entry(redis: Redis, stream: str) -> tuple[StreamId, Any] | None:
+    """ID and fields of a stream's newest entry; None where there is none."""
+    entries: Any = await answer(redis.xrevrange(stream, count=1))
     return (StreamId.parse(entries[0][0]), entries[0][1]) if entries else None
 
 

@@ -8,7 +8,7 @@ import os
 import threading
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, aclosing, asynccontextmanager, suppress
 from typing import Any, TypeAlias
 
@@ -27,6 +27,7 @@ from radix import make_tree
 from radix.digest import EMPTY_DIGEST
 from radix.tree import Tier
 from rhizome.errors import Conflict, InvalidRequest, Trimmed, Unavailable
+from tests.support.redis_server import RedisServer
 
 Connect: TypeAlias = Callable[[EventLog], AbstractAsyncContextManager[EventSource]]
 
@@ -34,13 +35,20 @@ BUSES: dict[str, Callable[[pytest.FixtureRequest], str]] = {
     "memory": lambda _: f"memory://{uuid.uuid4()}",
     "grpc": lambda _: "grpc://127.0.0.1:0",
     "zmq": lambda _: "zmq://127.0.0.1:0",
+    "redis": lambda request: request.getfixturevalue("redis_server").url(str(uuid.uuid4())),
 }
 """Where to publish in one test, by transport."""
 
-BROKERS: frozenset[str] = frozenset()
+BROKERS: frozenset[str] = frozenset({"redis"})
 """Transports that go on telling what a publisher said after it has left."""
 
 PATIENCE_S = 30.0
+
+
+@pytest.fixture(scope="module")
+def redis_server() -> Iterator[RedisServer]:
+    with RedisServer() as server:
+        yield server
 
 
 @pytest.fixture(params=BUSES)
