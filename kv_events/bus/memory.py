@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections.abc import AsyncGenerator, Callable, Iterator
 from contextlib import aclosing, contextmanager, suppress
 
@@ -34,25 +35,37 @@ class MemoryEventSource:
         return self._log.snapshot()
 
 
-class PublishedEventSource:
-    """An EventSource over whichever log is published under a name now (see `published`)."""
+class PublicationSource(ABC):
+    """An EventSource over a log that comes and goes."""
 
-    def __init__(self, name: str) -> None:
-        self._name = name
+    @abstractmethod
+    async def publication(self) -> Publication:
+        """What is published now. Raises Unavailable when nothing is."""
 
     async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
-        publication = self._publication()
+        """See EventSource. Raises Unavailable, too, when the publication is withdrawn."""
+        publication = await self.publication()
         async with aclosing(tail(publication.log, epoch, from_seq, publication)) as entries:
             async for entry in entries:
                 yield entry.batch
 
     async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
-        return await MemoryEventSource(self._publication().log).replay(epoch, from_seq)
+        """See EventSource."""
+        return await MemoryEventSource((await self.publication()).log).replay(epoch, from_seq)
 
     async def snapshot(self) -> Snapshot:
-        return self._publication().log.snapshot()
+        """See EventSource."""
+        return (await self.publication()).log.snapshot()
 
-    def _publication(self) -> Publication:
+
+class PublishedEventSource(PublicationSource):
+    """An EventSource over whichever log is published under a name now (see `published`)."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    async def publication(self) -> Publication:
+        """See PublicationSource."""
         publication = _publications.get(self._name)
         if publication is None:
             raise Unavailable(f"nothing is published at memory://{self._name}")

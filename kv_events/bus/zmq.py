@@ -10,14 +10,12 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
-import zmq
-
 from kv_events import wire
 from kv_events.bus import EventSource
 from kv_events.bus import zmq_frames as frames
 from kv_events.bus.url import BusUrl
 from kv_events.bus.zmq_publisher import ZmqPublisher
-from kv_events.bus.zmq_sockets import QUEUED_MESSAGES, LoopSocket
+from kv_events.bus.zmq_sockets import LoopSocket, asker, subscriber
 from kv_events.events import EventBatch, Snapshot
 from kv_events.log import EventLog
 from kv_events.snapshot_bytes import decode_snapshot
@@ -59,13 +57,13 @@ async def open_source(bus: BusUrl, *, secret: bytes = b"") -> AsyncIterator[Even
         finally:
             source.close()
     else:
-        from kv_events.bus import foreign_zmq
+        from kv_events.bus.zmq_dialect import DialectSource
 
-        foreign = foreign_zmq.SniffingSource(bus, secret)
+        told_apart = DialectSource(bus, secret)
         try:
-            yield foreign
+            yield told_apart
         finally:
-            await foreign.close()
+            await told_apart.close()
 
 
 class ZmqEventSource:
@@ -80,17 +78,20 @@ class ZmqEventSource:
         self._bus = bus
         self._asking: LoopSocket | None = None
         self._lock = asyncio.Lock()  # one request at a time
+        self._closed = False
         self._numbers = itertools.count(secrets.randbits(32))
 
     def close(self) -> None:
-        """Close the connections. Subscriptions have to be closed before."""
+        """Close the connection for requests; subscriptions end."""
+        self._closed = True
         if self._asking is not None:
             self._asking.close()
             self._asking = None
 
     async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
         proof = frames.PROOF_PREFIX + secrets.token_bytes(16)
-        live = open_subscription(self._bus, proof)
+        live = subscriber(self._bus.topic.encode(), proof)
+        live.connect(self._bus.host, self._bus.port)
         try:
             state = await self._state_at(proof)
             if epoch not in (0, state.epoch):
@@ -185,8 +186,10 @@ class ZmqEventSource:
     ) -> tuple[frames.Answer, list[bytes]]:
         """The answer, when it is none of an error. Raises Unavailable when there is none in time, Conflict, Trimmed."""
         async with self._lock:
+            if self._closed:
+                raise Unavailable(f"the source {self._bus} is closed")
             if self._asking is None:
-                self._asking = open_asking(self._bus)
+                self._asking = asker(self._bus.host, self._bus.replay_port)
             answer, parts = await self._exchange(self._asking, request, patience_s)
         match answer.status:
             case frames.Status.CONFLICT:
@@ -214,22 +217,6 @@ class ZmqEventSource:
                 if answered == number:
                     return answer, parts
         raise Unavailable(f"nobody answers at {self._bus}")
-
-
-def open_subscription(bus: BusUrl, *topics: bytes) -> LoopSocket:
-    """A socket that gets what is published from now on, in bounded queues."""
-    live = LoopSocket(zmq.SUB, rcvhwm=QUEUED_MESSAGES)
-    for topic in (bus.topic.encode(), *topics):
-        live.raw.setsockopt(zmq.SUBSCRIBE, topic)
-    live.raw.connect(f"tcp://{bus.address}")
-    return live
-
-
-def open_asking(bus: BusUrl) -> LoopSocket:
-    """A socket to the publisher's replay socket, which takes requests only while there is a connection."""
-    asking = LoopSocket(zmq.DEALER, immediate=1)
-    asking.raw.connect(f"tcp://{replace(bus, port=bus.replay_port).address}")
-    return asking
 
 
 def _live(message: list[bytes]) -> tuple[int, bytes]:

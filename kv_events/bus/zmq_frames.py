@@ -214,7 +214,5 @@ def _checked(kind: Any, values: list[Any]) -> list[Any]:
     return values[: len(wanted)]
 
 
-def _size(value: int | str | bytes) -> int:
-    if isinstance(value, int):
-        return value
-    return len(value.encode(errors="replace") if isinstance(value, str) else value)
+def _size(value: Any) -> int:
+    return value if isinstance(value, int) else len(value.encode(errors="replace") if isinstance(value, str) else value)

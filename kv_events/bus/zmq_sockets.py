@@ -83,6 +83,10 @@ class LoopSocket:
         self._events()
         self._changed.set()
 
+    def connect(self, host: str, port: int) -> None:
+        """To a publisher, now or once it is there, and again whenever the connection is lost."""
+        self.raw.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
+
     def take(self) -> list[bytes] | None:
         """The next message, if one is here."""
         try:
@@ -140,3 +144,18 @@ class LoopSocket:
             self._loop.remove_reader(self._fd)
             self.raw.disable_monitor()
             self.raw.close(linger_ms)
+
+
+def subscriber(*topics: bytes) -> LoopSocket:
+    """A socket, not connected yet, that gets what is published under topics that begin so, in a bounded queue."""
+    live = LoopSocket(zmq.SUB, rcvhwm=QUEUED_MESSAGES)
+    for topic in topics:
+        live.raw.setsockopt(zmq.SUBSCRIBE, topic)
+    return live
+
+
+def asker(host: str, replay_port: int) -> LoopSocket:
+    """A socket to a publisher's replay socket, which takes requests only while there is a connection."""
+    asking = LoopSocket(zmq.DEALER, immediate=1)
+    asking.connect(host, replay_port)
+    return asking
