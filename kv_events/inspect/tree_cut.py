@@ -40,7 +40,7 @@ class CutNode:
     blocks: int  # 0: it stands for the root
     depth: int  # blocks before the first one: from the tree's root, or from the nearest gap
     parent_hash: int  # of the first block; 0 at the root
-    holders: tuple[NodeHolder, ...]
+    holders: tuple[NodeHolder, ...]  # by name
     hits: int  # of the last 4,096 matches; 0 where nothing is known of matches
     below: int  # blocks below it, shown or not
     children: list[CutNode] = field(default_factory=list)
@@ -169,7 +169,9 @@ def _node(forest: Forest, names: Sequence[str], piece: int, place: int = 0) -> C
         blocks=len(hashes) - place,
         depth=forest.upper_blocks(piece) + place,
         parent_hash=int(hashes[place - 1]) if place else forest.parent_hash(piece),
-        holders=tuple(NodeHolder(name_of(names, holder.worker), holder.tiers) for holder in forest.holders(piece)),
+        holders=tuple(
+            sorted(NodeHolder(name_of(names, holder.worker), holder.tiers) for holder in forest.holders(piece))
+        ),
         hits=int(forest.hits[piece]),
         below=int(forest.totals[piece]) - len(hashes),
     )
