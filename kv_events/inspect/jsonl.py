@@ -22,6 +22,7 @@ import binascii
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -75,24 +76,26 @@ def record_line(record: Record) -> str:
     return _dumped(head | body)
 
 
-def read_lines(lines: Iterable[str], make_writer: Callable[[int], RecordingWriter]) -> RecordingWriter:
-    """Write lines into a recording, which stays open. Raises InvalidRequest("line", ...) for the first one that is not
-    right. `make_writer` is told when the recording was created, in ns, once the first line is known to be a header."""
-    writer: RecordingWriter | None = None
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        try:
-            fields = _Fields(_loaded(line))
-            if writer is None:
-                writer = make_writer(_header(fields))
-            else:
-                _write(fields, writer)
-        except (WireError, ValueError, OverflowError, RecursionError) as error:
-            raise InvalidRequest("line", number, str(error)) from error
-    if writer is None:
-        raise InvalidRequest("line", 1, f'a header as in {{"kind": "header", "format": "{FORMAT}"}}; there is none')
-    return writer
+def read_lines(lines: Iterable[str], make_writer: Callable[[int], RecordingWriter]) -> int:
+    """Write lines into a recording, and close it; returns how many records. `make_writer` is told when the recording
+    was created, in ns. Raises InvalidRequest("line", ...) for the first line that is not right."""
+    numbered = ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+    number, line = next(numbered, (1, "{}"))
+    with _line(number):
+        created_ns = _header(_Fields(_loaded(line)))
+    with make_writer(created_ns) as writer:
+        for number, line in numbered:
+            with _line(number):
+                _write(_Fields(_loaded(line)), writer)
+    return writer.records
+
+
+@contextmanager
+def _line(number: int) -> Iterator[None]:
+    try:
+        yield
+    except (WireError, ValueError, OverflowError, RecursionError) as error:
+        raise InvalidRequest("line", number, str(error)) from error
 
 
 def _batch_fields(batch: EventBatch) -> dict[str, Any]:

@@ -61,7 +61,7 @@ def lines_of(data: bytes) -> list[str]:
 
 def written(lines: list[str]) -> bytes:
     file = Kept()
-    read_lines(lines, lambda created_ns: RecordingWriter(file, created_ns)).close()
+    read_lines(lines, lambda created_ns: RecordingWriter(file, created_ns))
     return file.data
 
 
