@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch
 from kv_events.inspect.recording import RecordingReader, RecordKind
+from kv_events.inspect.words import key_text, tiers_of
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.digest import EMPTY_DIGEST
@@ -66,10 +67,10 @@ class StateDiff:
         """Plain values; hashes in hexadecimal, as integers of 64 bits break in JavaScript."""
         counts = {name: getattr(self, name) for name in ("equal", "blocks_a", "blocks_b", "missing", "extra", "moved")}
         return counts | {
-            "missing_blocks": [f"{block:016x}" for block in self.missing_blocks],
-            "extra_blocks": [f"{block:016x}" for block in self.extra_blocks],
+            "missing_blocks": [key_text(block) for block in self.missing_blocks],
+            "extra_blocks": [key_text(block) for block in self.extra_blocks],
             "moved_blocks": [
-                {"block": f"{block:016x}", "tiers_a": tiers_a, "tiers_b": tiers_b}
+                {"block": key_text(block), "tiers_a": tiers_of(tiers_a), "tiers_b": tiers_of(tiers_b)}
                 for block, tiers_a, tiers_b in self.moved_blocks
             ],
         }

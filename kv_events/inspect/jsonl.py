@@ -31,6 +31,7 @@ from numpy.typing import NDArray
 from kv_events import wire
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Snapshot, UnknownEvent
 from kv_events.inspect.recording import Record, RecordingWriter, RecordKind
+from kv_events.inspect.words import key_text
 from kv_events.snapshot_bytes import decode_snapshot, encode_snapshot
 from kv_events.wire import WireError
 from radix.digest import DIGEST_BYTES
@@ -114,7 +115,7 @@ def _event_fields(event: Event) -> dict[str, Any]:
             return {
                 "type": "BlockStored",
                 "block_hashes": hex_hashes(event.block_hashes),
-                "parent_block_hash": f"{event.parent_hash:016x}" if event.parent_hash else None,
+                "parent_block_hash": key_text(event.parent_hash) if event.parent_hash else None,
                 "token_ids": None if event.token_ids is None else event.token_ids.tolist(),
                 "block_size": event.block_size,
                 "medium": event.medium,
@@ -142,7 +143,7 @@ def _snapshot_fields(snapshot: Snapshot) -> dict[str, Any]:
 
 def hex_hashes(hashes: Hashes) -> list[str]:
     """16 hexadecimal digits each."""
-    return [f"{block:016x}" for block in hashes.tolist()]
+    return [key_text(block) for block in hashes.tolist()]
 
 
 def _header(fields: _Fields) -> int:

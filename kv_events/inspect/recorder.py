@@ -18,17 +18,24 @@ class Recorder:
     replays that healed a gap. So a recording replays to what the recorder saw.
     """
 
-    def __init__(self, writer: RecordingWriter, observer: Observer, clock_ns: Callable[[], int]) -> None:
-        """`clock_ns` tells wall time in ns that does not step back."""
+    def __init__(
+        self, writer: RecordingWriter, observer: Observer, clock_ns: Callable[[], int], max_batches: int | None = None
+    ) -> None:
+        """`clock_ns` tells wall time in ns that does not step back. After `max_batches` nothing more is written."""
         self.writer = writer
         self.observer = observer
         self.clock_ns = clock_ns
         self.batches = 0  # written
         self.unwritten = 0  # batches that have no bytes: a snapshot was taken in the place of each
+        self._max_batches = max_batches
 
-    def consumer(self, name: str) -> RecordedStream:
-        """A stream, as an EventConsumer for kv_events.bus.follow."""
-        self.observer.add(name)
+    @property
+    def full(self) -> bool:
+        """Whether all batches that were wanted are written."""
+        return self._max_batches is not None and self.batches >= self._max_batches
+
+    def consumer(self, name: str = "") -> RecordedStream:
+        """A stream, as an EventConsumer for kv_events.bus.follow; without a name it is called as its worker."""
         return RecordedStream(self, name)
 
 
@@ -37,7 +44,7 @@ class RecordedStream:
 
     def __init__(self, recorder: Recorder, name: str) -> None:
         self._recorder = recorder
-        self._name = name
+        self._name = name  # empty as long as it is not known
         self._needed = Resync.NONE
 
     def position(self) -> tuple[int, int]:
@@ -47,6 +54,9 @@ class RecordedStream:
     def offer(self, batch: EventBatch) -> Resync:
         """See EventConsumer."""
         recorder = self._recorder
+        if recorder.full:
+            return Resync.NONE
+        self._name = self._name or batch.worker
         now_ns = recorder.clock_ns()
         try:
             recorder.writer.batch(self._name, batch, now_ns)
@@ -65,6 +75,7 @@ class RecordedStream:
     def restore(self, snapshot: Snapshot) -> bool:
         """See EventConsumer."""
         recorder = self._recorder
+        self._name = self._name or snapshot.worker
         now_ns = recorder.clock_ns()
         if not recorder.observer.restore(self._name, snapshot, now_ns / 1e9):
             recorder.writer.mark(self._name, f"refused a snapshot at batch {snapshot.next_seq}", now_ns)
@@ -74,7 +85,9 @@ class RecordedStream:
         return True
 
     def malformed(self) -> None:
-        """See EventConsumer."""
+        """See EventConsumer. What comes before the worker is known is not noted."""
+        if not self._name:
+            return
         recorder = self._recorder
         recorder.writer.mark(self._name, "malformed: not a batch", recorder.clock_ns())
         if view := recorder.observer.view(self._name):

@@ -11,6 +11,7 @@ import msgpack
 import pytest
 
 from kv_events import wire
+from kv_events.bus import Resync
 from kv_events.bus.follow import follow
 from kv_events.bus.memory import MemoryEventSource
 from kv_events.events import EventBatch, UnknownEvent
@@ -172,14 +173,25 @@ def test_records_are_due_at_their_times_over_the_speed() -> None:
             Pace(speed)
 
 
+def test_a_recorder_that_is_full_writes_no_more() -> None:
+    """Exactly as many batches as were wanted, of all streams together."""
+    fleet = Fleet(workers=2)
+    recorder = Recorder(RecordingWriter(io.BytesIO()), Observer(), lambda: fleet.time_ns, max_batches=5)
+    streams = {name: recorder.consumer(name) for name in fleet.logs}
+    for name, batch in fleet.steps(9):
+        assert streams[name].offer(batch) is Resync.NONE
+    assert (recorder.full, recorder.batches, recorder.writer.records) == (True, 5, 5)
+
+
 def test_a_recorder_writes_what_heals_a_stream_and_says_why() -> None:
     """Gaps and their replays, mismatches and their snapshots, what has no bytes, what is no batch."""
     file, fleet = io.BytesIO(), Fleet(workers=1)
     log = fleet.logs["worker-0"]
     recorder = Recorder(RecordingWriter(file), Observer(), lambda: fleet.time_ns)
-    stream = recorder.consumer("worker-0")
-    stream.malformed()
+    stream = recorder.consumer()
+    stream.malformed()  # of nobody knows whom
     assert stream.restore(log.snapshot())
+    stream.malformed()
     batches = [batch for _, batch in fleet.steps(6)]
     for batch in (batches[0], batches[3], batches[4], *batches[1:4]):
         stream.offer(batch)
@@ -193,7 +205,7 @@ def test_a_recorder_writes_what_heals_a_stream_and_says_why() -> None:
             for one in reader.records()
         ]
     gap = "replay asked for at batch 1 of epoch 1"
-    assert told[:9] == ["malformed: not a batch", "S", "0", "3", gap, "4", "1", "2", "3"]
+    assert told[:9] == ["S", "malformed: not a batch", "0", "3", gap, "4", "1", "2", "3"]
     assert told[9].startswith("not written: 'BlockStored' is no unknown kind")
     assert told[10:] == ["refused a snapshot at batch 0", "S"]
     assert (recorder.batches, recorder.unwritten) == (6, 1)
