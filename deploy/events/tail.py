@@ -147,13 +147,13 @@ async def _event_lines(targets: Targets, options: TailOptions) -> AsyncGenerator
                 yield _note_line(shown, item)
                 continue
             for event in options.events_of(item):
-                yield _event_line(shown.ljust(width), item, event, options.keys_of(event))
+                yield _event_line(shown, width, item, event, options.keys_of(event))
 
 
 def _shown_name(targets: Targets, name: str, item: Item) -> str:
     """A bus may not know whose events it brings before they come."""
     unnamed = targets.router is None and targets.recording is None
-    return printable(item.worker if unnamed and isinstance(item, EventBatch) else name)
+    return item.worker if unnamed and isinstance(item, EventBatch) else name
 
 
 def kind_of(event: Event) -> str:
@@ -169,15 +169,15 @@ def kind_of(event: Event) -> str:
             return event.kind
 
 
-def _event_line(name: str, batch: EventBatch, event: Event, keys: Hashes) -> _Line:
+def _event_line(name: str, width: int, batch: EventBatch, event: Event, keys: Hashes) -> _Line:
     kind = kind_of(event)
     segments = [
         (f"{clock_text(batch.ts)}  ", "note"),
-        (f"{name}  ", "worker"),
+        (f"{printable(name):<{width}}  ", "worker"),
         (f"{batch.epoch}/{batch.seq}  ", "note"),
     ]
     segments.append((f"{printable(kind):<7}", kind if kind in KINDS else "bad"))
-    values: dict[str, Any] = {"ts": batch.ts, "worker": name.strip(), "epoch": batch.epoch, "seq": batch.seq}
+    values: dict[str, Any] = {"ts": batch.ts, "worker": name, "epoch": batch.epoch, "seq": batch.seq}
     values["kind"] = kind
     if isinstance(event, BlockStored | BlockRemoved):
         tier = tier_of(event.medium).name.lower()
@@ -197,7 +197,7 @@ def _event_line(name: str, batch: EventBatch, event: Event, keys: Hashes) -> _Li
 
 def _note_line(name: str, note: Note) -> _Line:
     style = "bad" if note.kind in _LOUD else "note"
-    text = f"{name}: {printable(note.text)}" if name else printable(note.text)
+    text = printable(f"{name}: {note.text}" if name else note.text)
     return _Line([(f"-- {text}", style)], {"note": note.kind, "worker": name, "text": note.text}, counts=False)
 
 
@@ -249,7 +249,11 @@ class _Seconds:
         width = max(map(len, self.workers))
         text = f"{said.batches:>6,} batches/s  {said.stored:>8,} stored/s  {said.removed:>8,} removed/s"
         cleared = f"  cleared {counted(said.cleared, 'time')}" if said.cleared else ""
-        segments = [(f"{clock_text(self.second)[:8]}  ", "note"), (f"{name:<{width}}", "worker"), (text + cleared, "")]
+        segments = [
+            (f"{clock_text(self.second)[:8]}  ", "note"),
+            (f"{printable(name):<{width}}", "worker"),
+            (text + cleared, ""),
+        ]
         values = {"batches": said.batches, "stored": said.stored, "removed": said.removed, "cleared": said.cleared}
         return _Line(segments, {"ts": self.second, "worker": name} | values)
 
@@ -259,7 +263,7 @@ async def _rate_lines(targets: Targets, options: TailOptions) -> AsyncGenerator[
     seconds = _Seconds(options)
     ticking = options.follow and targets.recording is None
     if ticking:
-        seconds.workers = {printable(stream.name): _Second() for stream in targets.streams if targets.router}
+        seconds.workers = {stream.name: _Second() for stream in targets.streams if targets.router}
     items = _items(targets, options)
     async with aclosing(items), aclosing(_with_ticks(items) if ticking else items) as timed:
         async for time_s, named in timed:
@@ -272,8 +276,9 @@ async def _rate_lines(targets: Targets, options: TailOptions) -> AsyncGenerator[
                 yield _note_line(shown, named.item)
             else:
                 seconds.add(shown, named.item)
-    for line in seconds.lines(seconds.second + 1):
-        yield line
+    if any(said != _Second() for said in seconds.workers.values()):
+        for line in seconds.lines(seconds.second + 1):
+            yield line
 
 
 async def _with_ticks(

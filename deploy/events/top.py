@@ -175,7 +175,7 @@ class TopApp(App[None]):
             parts.append("PAUSED")
         self.screen_stack[0].query_one("#totals", Static).update("  ·  ".join(parts))
 
-    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:
+    def check_action(self, action: str, parameters: tuple[object, ...]) -> bool | None:  # noqa: ARG002 - textual calls it
         """Tables can be sorted where there are any."""
         return action not in ("sort", "reverse") or len(self.screen_stack) == 1
 
