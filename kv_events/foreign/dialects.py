@@ -6,14 +6,15 @@ An event is an array that begins with its type (vLLM up to 0.23, SGLang up to 0.
 Fields grew release by release, and differently in the two: one that is missing or nil has its default, one that is not
 known is passed over, and one of a wrong type or size refuses the batch.
 
-No input makes this take more than a small multiple of its own size: of a batch, one event is unpacked at a time; of a
-large event, one field; of a large field, some values.
+Reading takes a small multiple of the payload's own memory: of a batch one event is unpacked at a time, of a large event
+one field, of a large field some values.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
 
@@ -60,8 +61,10 @@ __all__ = [
     "dialect_of",
 ]
 
-MAX_EVENTS_PER_BATCH = 2**17  # SGLang writes an event for each page, and a page may be one token
+MAX_EVENTS_PER_BATCH = 2**16  # SGLang may write an event for each page, and a page may be one token
 MAX_HASHES_PER_BATCH = 2**18
+MAX_EXTRA_KEYS_PER_EVENT = 2**16  # blocks
+MAX_EXTRA_BYTES_PER_BATCH = 2**19  # of extra keys: as tuples they take up to 40 times as much
 
 _SMALL = 2**14  # bytes that are unpacked at once: as Python's objects they take some 80 times as much at worst
 _CHUNK = 2**12  # values of a long array that are unpacked at once
@@ -97,7 +100,9 @@ def dialect_of(payload: bytes) -> Literal["rhizome", "foreign"]:
 
 
 def _batch(reader: _Reader) -> ForeignBatch:
-    ts = events = rank = None
+    ts: Any = None
+    rank: Any = None
+    events: tuple[ForeignEvent, ...] | None = None
     if reader.at_map():
         for _ in range(reader.map_header("batch", MAX_FIELDS)):
             match reader.value():
@@ -128,34 +133,53 @@ def _batch(reader: _Reader) -> ForeignBatch:
     return ForeignBatch(float(ts), events, None if rank is None else integer("rank", rank, 0, MAX_INDEX))
 
 
+@dataclass(slots=True)
+class _Room:
+    """What a batch may still hold."""
+
+    hashes: int = MAX_HASHES_PER_BATCH
+    tokens: int = MAX_TOKENS_PER_BATCH
+    extra_bytes: int = MAX_EXTRA_BYTES_PER_BATCH
+
+    def check(self) -> None:
+        """Raise WireError where it is used up."""
+        if min(self.hashes, self.tokens, self.extra_bytes) < 0:
+            limits = (
+                f"{MAX_HASHES_PER_BATCH} hashes, {MAX_TOKENS_PER_BATCH} tokens or {MAX_EXTRA_BYTES_PER_BATCH} bytes"
+            )
+            raise WireError(f"batch has more than {limits} of extra keys")
+
+
 def _events(reader: _Reader) -> tuple[ForeignEvent, ...]:
     events: list[ForeignEvent] = []
-    hashes_left, tokens_left = MAX_HASHES_PER_BATCH, MAX_TOKENS_PER_BATCH
+    room = _Room()
     for _ in range(reader.array_header("events", MAX_EVENTS_PER_BATCH)):
-        event = _event(reader.next_bytes(), hashes_left, tokens_left)
+        event = _event(reader.next_bytes(), room)
         if type(event) is ForeignStored:
-            hashes_left -= len(event.block_hashes)
-            tokens_left -= len(event.token_ids)
+            room.hashes -= len(event.block_hashes)
+            room.tokens -= len(event.token_ids)
         elif type(event) is ForeignRemoved:
-            hashes_left -= len(event.block_hashes)
+            room.hashes -= len(event.block_hashes)
         events.append(event)
-    if hashes_left < 0 or tokens_left < 0:
-        raise WireError(f"batch has over {MAX_HASHES_PER_BATCH} hashes or {MAX_TOKENS_PER_BATCH} tokens")
+        room.check()
     return tuple(events)
 
 
-def _event(data: bytes, hashes_left: int, tokens_left: int) -> ForeignEvent:
+def _event(data: bytes, room: _Room) -> ForeignEvent:
     if len(data) <= _SMALL:
         try:
             value = msgpack.unpackb(data)
         except _REFUSED:  # by what is odd in a field, which may be none that is known
             pass
         else:
-            return event_of(value)
-    return _walk(_Reader(data), hashes_left, tokens_left)
+            event = event_of(value)
+            if type(event) is ForeignStored and event.extra_keys is not None:
+                room.extra_bytes -= len(msgpack.packb(event.extra_keys))
+            return event
+    return _walk(_Reader(data), room)
 
 
-def _walk(reader: _Reader, hashes_left: int, tokens_left: int) -> ForeignEvent:
+def _walk(reader: _Reader, room: _Room) -> ForeignEvent:
     """What event_of(unpackb(...)) says, a field at a time."""
     kind: Any = None
     fields: dict[str, Any] = {}
@@ -164,11 +188,11 @@ def _walk(reader: _Reader, hashes_left: int, tokens_left: int) -> ForeignEvent:
         if name not in NAMES or (type(kind) is str and kind not in POSITIONS):
             reader.skip()
         elif name == "token_ids":
-            fields["token_ids"] = reader.tokens(tokens_left)
+            fields["token_ids"] = reader.tokens(room.tokens)
         elif name == "block_hashes":
-            fields["block_hashes"] = reader.scalars("block_hashes", hashes_left)
+            fields["block_hashes"] = reader.scalars("block_hashes", room.hashes)
         elif name == "extra_keys":
-            fields["extra_keys"] = reader.extra_keys(hashes_left)
+            fields["extra_keys"] = reader.extra_keys(room)
         else:
             fields[str(name)] = reader.value()
 
@@ -231,28 +255,34 @@ class _Reader:
         if not self._at_array():
             return self.value()  # type: ignore[no-any-return] # refused where it is looked at, unless nil
         count = self.array_header("token_ids", limit)
-        if count and self._byte() == 0x92:
-            chunks = [tokens_of(pairs) for pairs in self._pairs(count)]
-        else:
-            chunks = [tokens_of(values) for values in self._chunks("token_ids", count)]
-        return np.concatenate(chunks) if chunks else NO_TOKENS
+        in_pairs = count and self._byte() == 0x92
+        chunks = self._small_values(count) if in_pairs else self._scalars("token_ids", count)
+        tokens = [tokens_of(chunk) for chunk in chunks]
+        return np.concatenate(tokens) if tokens else NO_TOKENS
 
     def scalars(self, field: str, limit: int) -> Any:
         """An array without arrays in it, as a list."""
         if not self._at_array():
             return self.value()
-        return [each for chunk in self._chunks(field, self.array_header(field, limit)) for each in chunk]
+        return [each for chunk in self._scalars(field, self.array_header(field, limit)) for each in chunk]
 
-    def extra_keys(self, limit: int) -> Any:
+    def extra_keys(self, room: _Room) -> Any:
         if not self._at_array():
             return self.value()
-        return [extra_key_of(self.value()) for _ in range(self.array_header("extra_keys", limit))]
+        start, keys = self._unpacker.tell(), []
+        for chunk in self._small_values(self.array_header("extra_keys", MAX_EXTRA_KEYS_PER_EVENT)):
+            if self._unpacker.tell() - start > room.extra_bytes and any(chunk):
+                room.extra_bytes = -1
+                room.check()
+            keys += [extra_key_of(value) for value in chunk]
+        room.extra_bytes -= self._unpacker.tell() - start if any(keys) else 0
+        return keys
 
     def finish(self) -> None:
         if self._unpacker.tell() != len(self._data):
             raise WireError("bytes follow the batch")
 
-    def _chunks(self, field: str, count: int) -> Iterator[list[Any]]:
+    def _scalars(self, field: str, count: int) -> Iterator[list[Any]]:
         for start in range(0, count, _CHUNK):
             wanted = min(_CHUNK, count - start)
             values = list(islice(self._unpacker, wanted))
@@ -260,14 +290,27 @@ class _Reader:
                 raise WireError(f"{field} is torn, or holds arrays")
             yield values
 
-    def _pairs(self, count: int) -> Iterator[list[list[int]]]:
-        unpack = self._unpacker.unpack
-        for start in range(0, count, _CHUNK):
-            pairs = []
-            for _ in range(min(_CHUNK, count - start)):
-                self._bounded("a pair of tokens", self._unpacker.read_array_header(), 2)
-                pairs.append([unpack(), unpack()])
-            yield pairs
+    def _small_values(self, count: int) -> Iterator[list[Any]]:
+        """So many values, each of them small, unpacked some at a time."""
+        skip, tell = self._unpacker.skip, self._unpacker.tell
+        start = end = tell()
+        taken = 0
+        for _ in range(count):
+            before = end
+            skip()
+            end = tell()
+            if end - before > _SMALL:
+                raise WireError(f"a value has {end - before} bytes: at most {_SMALL}")
+            taken += 1
+            if end - start > _SMALL:
+                yield self._unpacked(start, end, taken)
+                start, taken = end, 0
+        if taken:
+            yield self._unpacked(start, end, taken)
+
+    def _unpacked(self, start: int, end: int, count: int) -> list[Any]:
+        values: list[Any] = msgpack.unpackb(b"\xdd" + count.to_bytes(4, "big") + self._data[start:end])
+        return values
 
     def _at_array(self) -> bool:
         at = self._byte()

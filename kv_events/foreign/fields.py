@@ -22,12 +22,13 @@ from radix.keys import Tokens
 
 MAX_FIELDS = 64  # of a batch or an event: four times what any known release writes
 MAX_HASH_BYTES = 64  # SHA-512; known are 8, 16 and 32
-MAX_SALT_CHARS = 2**14  # of salts and adapter names, which users choose
+MAX_SALT_CHARS = 4000  # of salts and adapters' names, which users choose; at 4 bytes each they are small values
 MAX_DEPTH = 4  # of extra keys within a block's: an image is (identifier, offset)
 MAX_INDEX = 2**31 - 1  # of ranks, groups and windows
 
 _INTEGERS = {int}
 _HASHES = {int, bytes}
+_SCALARS = {str, int, float, bool, bytes, type(None)}
 
 POSITIONS = {
     # The seventh is an adapter's name in vLLM, a map of what SGLang 0.5.18 and 0.5.19 know of the request.
@@ -185,16 +186,18 @@ def extra_key_of(value: Any) -> tuple[ExtraKey, ...] | None:
     """What one block depends on beside its tokens. Raises WireError."""
     if value is None or type(value) is tuple:  # a tuple was checked where it was read
         return value
+    if type(value) is list and _SCALARS.issuperset(map(type, value)):
+        return tuple(value)
     frozen = _frozen(value, MAX_DEPTH)
     return frozen if type(frozen) is tuple else (frozen,)
 
 
 def _frozen(value: Any, depth: int) -> ExtraKey:
-    if isinstance(value, list | tuple | dict):
+    if isinstance(value, (list, tuple, dict)):
         if not depth:
             raise WireError(f"extra_keys are nested deeper than {MAX_DEPTH}")
         parts = value.items() if isinstance(value, dict) else value
         return tuple(_frozen(part, depth - 1) for part in parts)
-    if isinstance(value, str | int | float | bytes | None):
-        return value
+    if type(value) in _SCALARS:
+        return value  # type: ignore[no-any-return]
     raise WireError(f"extra_keys hold a {type(value).__name__}")
