@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager
-from typing import Any
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
 
 import numpy as np
 import pytest
 from redis import Redis
 
-from kv_events.bus import redis as redis_bus
-from kv_events.bus import redis_publisher, redis_stream
-from kv_events.bus.follow import follow
+from kv_events.bus import redis_publisher
 from kv_events.bus.redis import open_source
 from kv_events.bus.url import parse_bus_url
-from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored
-from kv_events.log import EventLog
-from kv_events.view import WorkerView
+from kv_events.events import BlockStored
 from kv_events.wire import MAX_HASHES_PER_EVENT
-from radix import make_tree
+from tests.support.redis_fleet import Worker, be_impatient, in_step, published, router, run
 from tests.support.redis_server import RedisServer
-
-PATIENCE_S = 60.0
 
 
 @pytest.fixture
@@ -35,66 +28,7 @@ def server() -> Iterator[RedisServer]:
 
 @pytest.fixture(autouse=True)
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Timeouts and delays that suit tests: what happens is the same, sooner."""
-    monkeypatch.setattr(redis_stream, "TIMEOUT_S", 0.5)
-    monkeypatch.setattr("kv_events.bus.redis_source.BLOCK_S", 0.2)
-    for name, value in {"FIRST_RETRY_S": 0.01, "MAX_RETRY_S": 0.05, "REFRESH_S": 0.1}.items():
-        monkeypatch.setattr(redis_publisher, name, value)
-
-
-class Worker:
-    """A log that changes at random, by a seed."""
-
-    def __init__(self, epoch: int = 5, capacity: int = 64, seed: int = 1) -> None:
-        self.log = EventLog("w0", epoch, 16, capacity)
-        self._random = random.Random(seed * 1000 + epoch)
-
-    def go_on(self, batches: int) -> None:
-        """So many steps, without letting any other task run: nothing that they need can be anybody's answer."""
-        for _ in range(batches):
-            blocks = np.array(self._random.sample(range(1, 200), 4), dtype=np.uint64)
-            event = BlockStored(blocks, 0, 16) if self._random.random() < 0.6 else BlockRemoved(blocks)
-            self.log.append([AllBlocksCleared()] if self._random.random() < 0.02 else [event], 0.0)
-
-    async def run(self, batches: int) -> None:
-        """So many steps while others run."""
-        for _ in range(batches):
-            self.go_on(1)
-            await asyncio.sleep(0.0005)
-
-
-@asynccontextmanager
-async def published(worker: Worker, url: str, **kept: int) -> AsyncIterator[None]:
-    async with redis_bus.publish(worker.log, parse_bus_url(url), **kept):
-        yield
-
-
-@asynccontextmanager
-async def router(url: str) -> AsyncIterator[WorkerView]:
-    """A view that follows the stream."""
-    view = WorkerView("w0", 0, make_tree())
-    async with open_source(parse_bus_url(url)) as source:
-        following = asyncio.create_task(follow(source, view, first_delay_s=0.001, max_delay_s=0.05))
-        try:
-            yield view
-        finally:
-            following.cancel()
-            await asyncio.gather(following, return_exceptions=True)
-
-
-async def until(condition: Callable[[], bool]) -> None:
-    while not condition():
-        await asyncio.sleep(0.002)
-
-
-async def in_step(view: WorkerView, worker: Worker) -> None:
-    """Wait until the view stands where the worker does; it then has its digest."""
-    await until(lambda: view.synced and view.position() == (worker.log.epoch, worker.log.next_seq))
-    assert view.digest == worker.log.digest
-
-
-def run(test: Coroutine[Any, Any, None]) -> None:
-    asyncio.run(asyncio.wait_for(test, PATIENCE_S))
+    be_impatient(monkeypatch)
 
 
 @pytest.mark.parametrize("meanwhile", [0, 20, 500])
@@ -205,7 +139,7 @@ def test_what_redis_forgets_without_a_word_is_written_again(server: RedisServer,
 
 
 def test_a_stream_is_trimmed_and_its_snapshot_always_joins_it(server: RedisServer) -> None:
-    """However long the worker goes on: what is kept is bounded, and a router that starts late or reads slowly gets it."""
+    """However long the worker goes on: what is kept is bounded, and a router that starts late is in step."""
 
     async def test() -> None:
         worker, url = Worker(capacity=4096), server.url("kv")
