@@ -30,7 +30,6 @@ IDLE_CHECKS_S = (1.0, 2.0, 4.0, 8.0, 16.0, 30.0)
 """Without a message, before the replay socket is asked whether one was missed: a PUB drops what a full queue does not
 hold, and begins a subscription a moment after it was made. The last one goes on."""
 MAX_ANSWERS = 2**20  # of one replay; vLLM keeps 10,000 batches by default
-FAIR_MESSAGES = 32  # taken before other tasks get the loop
 
 _CONNECTED = zmq.EVENT_HANDSHAKE_SUCCEEDED
 _DISCONNECTED = zmq.EVENT_DISCONNECTED
@@ -141,7 +140,6 @@ class ForeignZmqSource(PublicationSource):
     # The PUB socket.
 
     async def _read(self, live: LoopSocket) -> None:
-        count = 0
         while True:
             message = await live.receive()
             if message is None:
@@ -149,9 +147,6 @@ class ForeignZmqSource(PublicationSource):
             if (numbered := self._numbered(message)) is not None:
                 self._named().offer(*numbered)
                 self._heard.set()
-            count += 1
-            if count % FAIR_MESSAGES == 0:
-                await asyncio.sleep(0)
 
     def _numbered(self, message: list[bytes]) -> tuple[int, bytes] | None:
         """Number and payload of `[topic, number, payload]`, or without the topic, if this is the server's."""
@@ -235,7 +230,7 @@ class ForeignZmqSource(PublicationSource):
         try:
             if not await asking.send_within([b"", frames.number_bytes(from_seq)], CONNECT_S):
                 return
-            for count in range(MAX_ANSWERS):
+            for _ in range(MAX_ANSWERS):
                 message = await asking.receive(ANSWER_S)
                 if message is None:
                     return
@@ -244,7 +239,5 @@ class ForeignZmqSource(PublicationSource):
                     return
                 if message[0] == b"" and (numbered := self._numbered(message[1:])) is not None:
                     yield numbered
-                if count % FAIR_MESSAGES == 0:
-                    await asyncio.sleep(0)
         finally:
             asking.close()

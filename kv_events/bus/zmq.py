@@ -182,7 +182,7 @@ class ZmqEventSource:
         return await self._ask(frames.ReplayRequest(epoch, seq))
 
     async def _ask(
-        self, request: frames.Request, patience_s: float = ANSWER_S * TRIES
+        self, request: frames.Request, patience_s: float | None = None
     ) -> tuple[frames.Answer, list[bytes]]:
         """The answer, when it is none of an error. Raises Unavailable when there is none in time, Conflict, Trimmed."""
         async with self._lock:
@@ -190,7 +190,7 @@ class ZmqEventSource:
                 raise Unavailable(f"the source {self._bus} is closed")
             if self._asking is None:
                 self._asking = asker(self._bus.host, self._bus.replay_port)
-            answer, parts = await self._exchange(self._asking, request, patience_s)
+            answer, parts = await self._exchange(self._asking, request, patience_s or ANSWER_S * TRIES)
         match answer.status:
             case frames.Status.CONFLICT:
                 raise Conflict(answer.detail)

@@ -30,6 +30,8 @@ RECONNECT_MS = 50
 MAX_RECONNECT_MS = 1_000
 MAX_SOCKETS = 65_535  # of a router of many workers, two each; libzmq's own default is 1023
 
+FAIR_MESSAGES = 32  # received before other tasks get the loop
+
 _context: tuple[int, zmq.Context[Any]] | None = None
 _context_lock = threading.Lock()
 
@@ -75,6 +77,7 @@ class LoopSocket:
     def _attach(self) -> None:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
+        self._received = 0
         self._fd = cast(int, self.raw.get(zmq.FD))
         self._loop.add_reader(self._fd, self._on_readable)
 
@@ -95,7 +98,10 @@ class LoopSocket:
             return None
 
     async def receive(self, timeout_s: float | None = None) -> list[bytes] | None:
-        """The next message; None when there is none in time."""
+        """The next message; None when there is none in time. Lets other tasks run now and then, however many come."""
+        self._received += 1
+        if self._received % FAIR_MESSAGES == 0:
+            await asyncio.sleep(0)
         if (frames := self.take()) is None:
             try:
                 async with asyncio.timeout(timeout_s):

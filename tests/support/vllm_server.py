@@ -78,6 +78,13 @@ class VllmServer:
         """One batch, as it is."""
         self._queue.put((payload, lost))
 
+    def flush(self) -> None:
+        """Until all has been published."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self._queue.unfinished_tasks:
+            assert time.monotonic() < deadline
+            time.sleep(0.001)
+
     def publish_raw(self, *frames: bytes) -> None:
         """A message that is no batch. Only while nothing else is published."""
         self._live.send_multipart(frames)
@@ -106,6 +113,7 @@ class VllmServer:
                 self._live.send_multipart([*self._topic, number, payload])
             self._kept.append((number, payload))
             self._seq += 1
+            self._queue.task_done()
 
     def _answer(self, request: list[bytes]) -> None:
         client, _, start = request  # what has not three frames kills it

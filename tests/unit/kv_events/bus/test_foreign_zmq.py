@@ -13,6 +13,7 @@ import pytest
 
 from kv_events.bus import EventSource, foreign_zmq, zmq_dialect
 from kv_events.bus.follow import follow
+from kv_events.bus.foreign_zmq import ForeignZmqSource
 from kv_events.bus.url import open_source
 from kv_events.view import WorkerView
 from radix import make_tree
@@ -141,13 +142,32 @@ def test_a_server_without_a_replay_socket_is_followed_from_now_on() -> None:
     async def test() -> None:
         with VllmServer(replays=False) as server:
             server.publish(stored([11]))
-            async with open_source(server.url) as source:
+            server.flush()
+            async with open_source(server.url + "&dialect=vllm") as source:
                 await source.snapshot()
                 server.publish(stored([12], 11))
                 await until_held(source, 12)
                 server.publish(stored([13], 12), lost=True)
                 server.publish(stored([14]))
                 await until_held(source, 14)
+
+    run(test())
+
+
+def test_a_server_without_a_replay_socket_is_told_by_its_messages() -> None:
+    """Where the URL names no dialect."""
+
+    async def test() -> None:
+        with VllmServer(replays=False) as server:
+            async with open_source(server.url) as source:
+                first = asyncio.create_task(source.snapshot())
+                block = 100
+                while not first.done():
+                    server.publish(stored([block]))
+                    block += 1
+                    await asyncio.sleep(0.01)
+                await first
+                assert isinstance(await source.source(), ForeignZmqSource)  # type: ignore[attr-defined]
 
     run(test())
 
