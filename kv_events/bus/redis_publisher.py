@@ -15,6 +15,7 @@ from kv_events.bus.memory import Signal
 from kv_events.bus.redis_stream import (
     BATCH,
     END,
+    TRANSFER_S,
     TTL_S,
     StreamId,
     answer,
@@ -230,9 +231,8 @@ class RedisPublisher:
         """Write it, and a new start, if the stream is at `at`, and so this publisher's. Raises _Lost."""
         data = await asyncio.to_thread(encode_snapshot, snapshot)
         ids = (str(at or ""), str(start or ""))
-        found = await answer(
-            self._redis.eval(WRITE_SNAPSHOT, 2, self._stream, self._snapshot_key, *ids, data, str(TTL_S))
-        )
+        writing = self._redis.eval(WRITE_SNAPSHOT, 2, self._stream, self._snapshot_key, *ids, data, str(TTL_S))
+        found = await answer(writing, TRANSFER_S)
         if found is not None:
             raise _Lost(f"it is at {found!r}, not at {at}")
         self._refreshed_s = self._snapshot_s = asyncio.get_running_loop().time()

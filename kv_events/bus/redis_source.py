@@ -12,6 +12,7 @@ from kv_events.bus.redis_stream import (
     BLOCK_S,
     END,
     START,
+    TRANSFER_S,
     StreamId,
     answer,
     connect,
@@ -29,6 +30,7 @@ from rhizome.errors import Conflict, Trimmed, Unavailable
 READ_ENTRIES = 128
 """A round trip. Publishers of ours bound what a stream keeps, and so what these hold: whoever else may write to a Redis
 could fill its readers' memory."""
+MAX_REPLAY_BATCHES = 2**16  # eight times what a stream of ours keeps
 MAX_REPLAY_BYTES = 128 * 2**20  # of payload: a stream of ours keeps half of that at most
 
 
@@ -56,6 +58,7 @@ class RedisEventSource:
                 for entry in read[0][1] if read else ():
                     batch = self._next(at, entry)
                     if batch is None:
+                        await self._check_end(at)
                         return
                     yield batch
                     at = StreamId(at.epoch, at.position + 1)
@@ -65,6 +68,8 @@ class RedisEventSource:
         with unavailable(self._where):
             at, newest = await self._ends(epoch, from_seq)
             size_bytes = 0
+            if newest.position - from_seq > MAX_REPLAY_BATCHES:
+                raise Trimmed(f"{self._where}: {newest.position - from_seq} events are more than a replay holds")
             while at < newest:
                 first = str(StreamId(at.epoch, at.position + 1))
                 entries = await answer(self._redis.xrange(self._stream, first, str(newest), count=READ_ENTRIES))
@@ -72,7 +77,8 @@ class RedisEventSource:
                     raise Trimmed(f"{self._where}: events up to {newest} were there, and are gone")
                 for entry in entries:
                     batch = self._next(at, entry)
-                    assert batch is not None, "newest is before the end"
+                    if batch is None:
+                        raise WireError(f"entries follow the end at {at}")
                     batches.append(batch)
                     size_bytes += sum(map(len, entry[1].values()))
                     at = StreamId(at.epoch, at.position + 1)
@@ -83,7 +89,7 @@ class RedisEventSource:
     async def snapshot(self) -> Snapshot:
         with unavailable(self._where):
             newest = await self._newest()
-            data = await answer(self._redis.getrange(snapshot_key(self._stream), 0, MAX_SNAPSHOT_BYTES))
+            data = await answer(self._redis.getrange(snapshot_key(self._stream), 0, MAX_SNAPSHOT_BYTES), TRANSFER_S)
         if not data:
             raise Unavailable(f"{self._where}: no snapshot is there")
         snapshot = await asyncio.to_thread(decode_snapshot, data)  # many blocks take a while
@@ -108,9 +114,15 @@ class RedisEventSource:
             raise Conflict(f"{self._where}: the next event is {newest.position}, {from_seq} was asked for")
         return StreamId(newest.epoch, from_seq), newest
 
-    def _next(self, at: StreamId, entry: tuple[Any, dict[bytes, bytes]]) -> EventBatch | None:
+    async def _check_end(self, at: StreamId) -> None:
+        """An end with something of its epoch after it is none. Raises WireError."""
+        newest = await self._newest()
+        if newest.epoch == at.epoch and newest > at:
+            raise WireError(f"entries follow the end at {at}")
+
+    def _next(self, at: StreamId, entry: tuple[Any, dict[bytes, bytes] | None]) -> EventBatch | None:
         """The batch after a position; None for the end. Raises Conflict, Trimmed, WireError."""
-        found, fields = StreamId.parse(entry[0]), entry[1]
+        found, fields = StreamId.parse(entry[0]), entry[1] or {}
         if found.epoch != at.epoch:
             raise Conflict(f"{self._where}: this is epoch {found.epoch}, {at.epoch} was asked for")
         if found.position != at.position + 1 or START in fields:

@@ -35,6 +35,7 @@ T = TypeVar("T")
 
 AUTH_VARIABLE = "RHIZOME_REDIS_AUTH"
 TIMEOUT_S = 5.0  # of connecting, and of each round trip
+TRANSFER_S = 25.0  # more for a snapshot: 256 MiB at most
 BLOCK_S = 2.0  # a reader's wait for what is new, after which it looks whether the stream is still there
 TTL_S = 600  # outlasts a worker that is cut off for some minutes; a fleet that shrank leaves nothing for long
 
@@ -114,12 +115,12 @@ def connect(bus: BusUrl) -> Redis:
     )
 
 
-async def answer(command: Awaitable[T], block_s: float = 0.0) -> T:
-    """What a command answers within TIMEOUT_S, and as much longer as it blocks. Raises TimeoutError.
+async def answer(command: Awaitable[T], extra_s: float = 0.0) -> T:
+    """What a command answers within TIMEOUT_S, and `extra_s` where it blocks or carries much. Raises TimeoutError.
 
     redis-py's own timeout is no choice: it writes under asyncio.wait_for, which loses cancellations before Python 3.12.
     """
-    limit_s = TIMEOUT_S + block_s
+    limit_s = TIMEOUT_S + extra_s
     try:
         async with asyncio.timeout(limit_s):
             return await command

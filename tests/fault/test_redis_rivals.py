@@ -135,7 +135,9 @@ def poison(kind: str, payload: bytes) -> dict[bytes, bytes]:
     }
     if kind in spoiled:
         return {b"batch": wire.encode(spoiled[kind])}
-    return {b"batch": b"\xc1nonsense"} if kind == "not a batch" else {b"batches": payload}
+    return {"not a batch": {b"batch": b"\xc1nonsense"}, "no batch": {b"batches": payload}, "an end": {b"end": b""}}[
+        kind
+    ]
 
 
 @pytest.mark.parametrize(
@@ -143,6 +145,7 @@ def poison(kind: str, payload: bytes) -> dict[bytes, bytes]:
     [
         ("not a batch", "malformed"),
         ("no batch", "malformed"),
+        ("an end", "malformed"),
         ("another seq", "malformed"),
         ("another worker", "stale"),
         ("other blocks", "mismatches"),

@@ -29,6 +29,8 @@ def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Timeouts and delays that suit tests: what happens is the same, sooner."""
     monkeypatch.setattr(redis_stream, "TIMEOUT_S", 0.5)
     monkeypatch.setattr(redis_source, "BLOCK_S", 0.2)
+    for module in (redis_source, redis_publisher):
+        monkeypatch.setattr(module, "TRANSFER_S", 0.5)
     for name, value in {"FIRST_RETRY_S": 0.01, "MAX_RETRY_S": 0.05, "REFRESH_S": 0.1}.items():
         monkeypatch.setattr(redis_publisher, name, value)
 
