@@ -5,12 +5,9 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Sequence
 
-import numpy as np
-
 from kv_events import wire
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch, Snapshot, tier_of
 from radix.held import HeldBlocks
-from radix.keys import ROOT_HASH, Hashes, check_hashes
 from radix.tree import Tier
 from rhizome.errors import Conflict, Trimmed
 
@@ -75,7 +72,7 @@ class EventLog:
         TypeError or ValueError, and logs nothing, for events that do not hold block hashes.
         """
         events = tuple(events)
-        weight = sum(map(_checked_weight, events))
+        weight = sum(map(self._checked_weight, events))
         small = weight <= wire.MAX_HASHES_PER_EVENT and len(events) <= wire.MAX_EVENTS_PER_BATCH
         sendable = small or wire.fits(events)
         with self._lock:
@@ -170,6 +167,20 @@ class EventLog:
         self._closed = True
         self._signal()
 
+    def _checked_weight(self, event: Event) -> int:
+        """Hashes and tokens of an event that a worker can log. Raises TypeError or ValueError for another."""
+        match event:
+            case BlockStored():
+                if not 0 <= event.parent_hash <= wire.MAX_HASH:
+                    raise ValueError(f"parent_hash is {event.parent_hash}: 0 to 2^64 - 1 are allowed")
+                return self._held.check(event.block_hashes) + (0 if event.token_ids is None else len(event.token_ids))
+            case BlockRemoved():
+                return self._held.check(event.block_hashes)
+            case AllBlocksCleared():
+                return 0
+            case _:
+                raise TypeError(f"{event!r} is not an event that a worker can log")
+
     def _apply(self, event: Event) -> None:
         match event:
             case BlockStored():
@@ -202,25 +213,3 @@ class EventLog:
                 callback()
             except Exception:  # a subscriber's trouble is not the engine's
                 self.unsubscribe(callback)
-
-
-def _checked_weight(event: Event) -> int:
-    """Hashes and tokens of an event that a worker can log. Raises TypeError or ValueError for another."""
-    match event:
-        case BlockStored():
-            if not 0 <= event.parent_hash <= wire.MAX_HASH:
-                raise ValueError(f"parent_hash is {event.parent_hash}: 0 to 2^64 - 1 are allowed")
-            return _checked_length(event.block_hashes) + (0 if event.token_ids is None else len(event.token_ids))
-        case BlockRemoved():
-            return _checked_length(event.block_hashes)
-        case AllBlocksCleared():
-            return 0
-        case _:
-            raise TypeError(f"{event!r} is not an event that a worker can log")
-
-
-def _checked_length(hashes: Hashes) -> int:
-    check_hashes("block_hashes", hashes)
-    if np.count_nonzero(hashes) != len(hashes):
-        raise ValueError(f"block_hashes hold {ROOT_HASH}: it stands for the root")
-    return len(hashes)

@@ -38,11 +38,11 @@ def check_hash(field: str, value: int) -> None:
         raise ValueError(f"{field} is {value}: 0 to 2^64 - 1 are allowed")
 
 
-def check_blocks(hashes: Hashes) -> None:
+def check_blocks(hashes: Hashes, field: str = "hashes") -> None:
     """Raise TypeError for what are no hashes, ValueError where the root is among them: it cannot be stored."""
-    check_hashes("hashes", hashes)
+    check_hashes(field, hashes)
     if not hashes.all():
-        raise ValueError(f"hashes hold {ROOT_HASH}: it stands for the root, a block has another")
+        raise ValueError(f"{field} hold {ROOT_HASH}: it stands for the root, a block has another")
 
 
 def check_changes(changes: Changes) -> None:

@@ -55,6 +55,11 @@ class ReferenceHeldBlocks:
                 self._blocks[block] = parent, mask & ~bit
         self._digest.remove(np.array(gone, dtype=np.uint64), tier)
 
+    def check(self, block_hashes: Hashes) -> int:
+        """How many blocks these are. Raises TypeError or ValueError for what cannot be stored, as `store` does."""
+        check_blocks(block_hashes, "block_hashes")
+        return len(block_hashes)
+
     def clear(self) -> None:
         """Nothing is held."""
         self._blocks = {}

@@ -9,7 +9,8 @@ namespace radix {
 namespace {
 
 struct Blocks : ArrayArgument<uint64_t> {
-    explicit Blocks(nb::handle value) : ArrayArgument(value, "hashes", "a one-dimensional array of uint64") {}
+    explicit Blocks(nb::handle value, const char *field = "hashes")
+        : ArrayArgument(value, field, "a one-dimensional array of uint64") {}
 };
 
 int check_tier(int64_t tier) {
@@ -35,8 +36,14 @@ Held *make_held() {
 
 void store(Held &held, nb::handle hashes, nb::handle parent, int64_t tier) {
     const Blocks blocks(hashes);
-    check_stored(blocks.data(), blocks.size());
+    check_stored("hashes", blocks.data(), blocks.size());
     held.store(blocks.data(), blocks.size(), check_hash("parent", parent), check_tier(tier));
+}
+
+size_t check(const Held &, nb::handle hashes) {
+    const Blocks blocks(hashes, "block_hashes");
+    check_stored("block_hashes", blocks.data(), blocks.size());
+    return blocks.size();
 }
 
 template <class T> nb::object to_array(const std::vector<T> &from) {
@@ -73,6 +80,7 @@ void bind_held(nb::module_ &module) {
             const Blocks blocks(hashes);
             held.remove(blocks.data(), blocks.size(), check_tier(tier));
         }, nb::arg("hashes"), nb::arg("tier") = 0)
+        .def("check", &check, nb::arg("block_hashes"))
         .def("clear", &Held::clear)
         .def("copy", [](const Held &held) { return held; })
         .def("columns", &columns)

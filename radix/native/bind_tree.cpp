@@ -56,7 +56,7 @@ class Columns {  // of Python changes, all checked
             check_range("kind", changes.kinds[i], STORE, CLEAR);
             check_range("tier", changes.tiers[i], 0, TIERS - 1);
             check_range("end", changes.ends[i], static_cast<int64_t>(start), changes.hashes.size());
-            if (changes.kinds[i] == STORE) check_stored(changes.hashes.data() + start, changes.ends[i] - start);
+            if (changes.kinds[i] == STORE) check_stored("hashes", changes.hashes.data() + start, changes.ends[i] - start);
         }
         if (start != changes.hashes.size()) throw nb::value_error("hashes go on after the last end");
     }
@@ -158,7 +158,7 @@ void bind_tree(nb::module_ &module) {
             const uint64_t above = check_hash("parent", parent);
             const HashesArgument blocks(hashes, "hashes", HASHES);
             check_range("tier", tier, 0, TIERS - 1);
-            check_stored(blocks.data(), blocks.size());
+            check_stored("hashes", blocks.data(), blocks.size());
             return write(tree, blocks.size(), [&] {
                 return tree.store(number, blocks.data(), blocks.size(), above, static_cast<int>(tier));
             });

@@ -44,9 +44,9 @@ inline uint64_t check_hash(const char *field, nb::handle value) {  // any intege
     throw nb::value_error((std::string(field) + " is " + text_of(number) + ": 0 to 2^64 - 1 are allowed").c_str());
 }
 
-inline void check_stored(const uint64_t *hashes, size_t count) {
+inline void check_stored(const char *field, const uint64_t *hashes, size_t count) {
     if (std::find(hashes, hashes + count, uint64_t(0)) != hashes + count)
-        throw nb::value_error("hashes hold 0: it stands for the root, a block has another");
+        throw nb::value_error((std::string(field) + " hold 0: it stands for the root, a block has another").c_str());
 }
 
 // A 1-D C-contiguous array of T, borrowed from Python for the length of a call (strided ones are copied).

@@ -163,6 +163,11 @@ def test_what_is_no_block_is_refused_and_changes_nothing(account: Accounts) -> N
         held.store(blocks(1), 0, 3)
     with pytest.raises(ValueError, match="parent is -1: 0 to 2"):
         held.store(blocks(1), -1)
+    with pytest.raises(TypeError, match="block_hashes is list: a one-dimensional array of uint64"):
+        held.check([1])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="block_hashes hold 0: it stands for the root"):
+        held.check(blocks(1, 0))
+    assert held.check(blocks(1, 2)) == 2
     held.remove(blocks(0, 9))
     assert (len(held), held.digest) == (0, EMPTY_DIGEST)
 
