@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from deploy.events import recording_commands
 from deploy.events.completion import complete_target, complete_worker
 
 events_app = typer.Typer(
@@ -173,3 +174,6 @@ def top(
     from deploy.events.top import run_top
 
     asyncio.run(run_top(target, tuple(workers or ()), interval))
+
+
+recording_commands.add_to(events_app, examples)

@@ -221,7 +221,7 @@ class _Fields:
             raise ValueError(f"payload is not base64: {error}") from error
 
     def batch(self, worker: str) -> EventBatch:
-        ts = self._fields.get("ts")
+        ts: Any = self._fields.get("ts")
         if type(ts) not in (int, float) or not math.isfinite(ts):
             raise ValueError(f"ts is {_shown(ts)}: a finite number is needed")
         events = tuple(_Fields(_object("event", each)).event() for each in self.get("events", list))

@@ -11,6 +11,7 @@ kv_events.wire would write a batch otherwise than it was recorded; it stands for
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from importlib import import_module
 from itertools import groupby
 from operator import itemgetter
@@ -83,24 +84,36 @@ class ParquetExporter:
         self._rows, self._hashes = [], 0
 
 
+def row_count(path: Path) -> int:
+    """The rows of a Parquet file. Raises as read_parquet does."""
+    with _opened(path) as file:
+        return int(file.metadata.num_rows)
+
+
 def read_parquet(
     path: Path, make_writer: Callable[[int], RecordingWriter], progress: Callable[[int], None] = lambda _: None
 ) -> int:
     """Write a Parquet file into a recording, and close it; returns how many records. `make_writer` is told when the
     recording was created, in ns, and `progress` of rows. Raises InvalidRequest for what is not such a file, or is not
     right in it, OSError where it cannot be opened."""
+    with _opened(path) as file:
+        metadata = file.schema_arrow.metadata or {}
+        if metadata.get(b"format") != FORMAT or metadata.get(b"version") != VERSION:
+            raise InvalidRequest("file", str(path), "a Parquet file that `rhizome events convert` wrote")
+        if not file.schema_arrow.remove_metadata().equals(_schema(_arrow())):
+            raise InvalidRequest("file", str(path), "a Parquet file with just the columns of an export")
+        with make_writer(_created(metadata)) as writer:
+            for number, rows in groupby(_read_rows(file, progress), key=itemgetter("record")):
+                _write(number, list(rows), writer)
+        return writer.records
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
     arrow, parquet = _arrow(), _pyarrow("pyarrow.parquet")
     try:
         with parquet.ParquetFile(path) as file:
-            metadata = file.schema_arrow.metadata or {}
-            if metadata.get(b"format") != FORMAT or metadata.get(b"version") != VERSION:
-                raise InvalidRequest("file", str(path), "a Parquet file that `rhizome events convert` wrote")
-            if not file.schema_arrow.remove_metadata().equals(_schema(arrow)):
-                raise InvalidRequest("file", str(path), "a Parquet file with just the columns of an export")
-            with make_writer(_created(metadata)) as writer:
-                for number, rows in groupby(_read_rows(file, progress), key=itemgetter("record")):
-                    _write(number, list(rows), writer)
-            return writer.records
+            yield file
     except (arrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise

@@ -1,0 +1,132 @@
+"""Every stream of a live target, followed for as long as is wanted: what record, stats and verify are built on."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import signal
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager, suppress
+
+from deploy.events.targets import Targets
+from deploy.events.top_model import WatchedSource
+from kv_events.bus import EventConsumer
+from kv_events.bus.follow import follow
+from rhizome.errors import InvalidRequest, Unavailable
+
+REFRESH_S = 1.0
+"""How often a router is asked who is there."""
+
+
+class Following:
+    """A task for each stream, which keeps its consumer in step. Workers that join the router later are followed too."""
+
+    def __init__(self, targets: Targets, consumer_of: Callable[[str], EventConsumer]) -> None:
+        """`consumer_of` is asked once a stream, by its name."""
+        self._targets = targets
+        self._consumer_of = consumer_of
+        self._consumers: dict[str, EventConsumer] = {}
+        self._sources: dict[str, WatchedSource] = {}
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}  # by name and URL
+        self._router_problem = ""
+        self._refreshed_s = -math.inf
+
+    @property
+    def problems(self) -> list[str]:
+        """What keeps streams from being read now."""
+        told = [f"{name}: {source.problem}" for name, source in self._sources.items() if source.problem]
+        opened = [f"{name}: {problem}" for name, problem in self._targets.problems.items()]
+        return [*([self._router_problem] if self._router_problem else []), *opened, *told]
+
+    @property
+    def reached(self) -> bool:
+        """Whether anything came from anybody."""
+        return any(consumer.position() != (0, 0) for consumer in self._consumers.values())
+
+    async def refresh(self) -> None:
+        """Follow who is there now; a router is asked once a second. Raises what a consumer raised."""
+        for task in self._tasks.values():
+            if task.done():
+                task.result()
+        if time.monotonic() - self._refreshed_s < REFRESH_S:
+            return
+        try:
+            await self._targets.refresh()
+            self._router_problem = ""
+        except Unavailable as error:
+            self._router_problem = str(error)
+        self._refreshed_s = time.monotonic()
+        present = {(stream.name, stream.url): stream for stream in self._targets.streams}
+        await self._end([key for key in self._tasks if key not in present])
+        for key in present.keys() - self._tasks.keys():
+            stream = present[key]
+            if stream.name not in self._consumers:
+                self._consumers[stream.name] = self._consumer_of(stream.name)
+            source = self._sources[stream.name] = WatchedSource(stream.source)
+            self._tasks[key] = asyncio.create_task(follow(source, self._consumers[stream.name], name=stream.name))
+
+    def check_reached(self) -> None:
+        """Raise Unavailable where nothing came from anybody."""
+        if not self.reached:
+            raise Unavailable("; ".join(self.problems) or f"{self._targets.target}: no worker is there")
+
+    async def close(self) -> None:
+        """Follow nobody any more."""
+        await self._end(list(self._tasks))
+
+    async def _end(self, keys: Sequence[tuple[str, str]]) -> None:
+        tasks = [self._tasks.pop(key) for key in keys]
+        for name, _ in keys:
+            self._sources.pop(name, None)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+@asynccontextmanager
+async def following(targets: Targets, consumer_of: Callable[[str], EventConsumer]) -> AsyncIterator[Following]:
+    """Follow all streams of a live target until left. Raises InvalidRequest for a recording."""
+    if targets.recording is not None:
+        raise InvalidRequest("target", str(targets.recording), "a live one: router://HOST:PORT or a bus URL")
+    followed = Following(targets, consumer_of)
+    try:
+        await followed.refresh()
+        yield followed
+    finally:
+        await followed.close()
+
+
+async def ticks(every_s: float, for_s: float | None = None) -> AsyncGenerator[float, None]:
+    """Seconds gone by, about each `every_s`, until `for_s` are over or the first SIGINT or SIGTERM comes; the last is
+    the end. A second signal ends the process."""
+    loop = asyncio.get_running_loop()
+    stopped, start_s = asyncio.Event(), loop.time()
+
+    def remove_handlers() -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.remove_signal_handler(number)
+
+    def stop() -> None:
+        stopped.set()
+        remove_handlers()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop)
+    try:
+        while not stopped.is_set():
+            elapsed_s = loop.time() - start_s
+            left_s = math.inf if for_s is None else for_s - elapsed_s
+            if left_s <= 0:
+                break
+            with suppress(TimeoutError):
+                await asyncio.wait_for(stopped.wait(), min(every_s, left_s))
+            yield loop.time() - start_s
+    finally:
+        remove_handlers()
+
+
+def wall_clock_ns() -> Callable[[], int]:
+    """A clock that tells wall time in ns and does not step back, whatever is done to the machine's clock."""
+    offset_ns = time.time_ns() - time.monotonic_ns()
+    return lambda: time.monotonic_ns() + offset_ns
