@@ -7,9 +7,10 @@ import logging
 import random
 from contextlib import aclosing
 from typing import NoReturn
+from weakref import WeakKeyDictionary
 
 from kv_events.bus import EventConsumer, EventSource, Resync
-from kv_events.events import EventBatch
+from kv_events.events import EventBatch, Snapshot
 from kv_events.wire import WireError
 from rhizome.errors import Conflict, Trimmed, Unavailable
 
@@ -41,8 +42,7 @@ async def follow(
     while True:
         try:
             if needs_snapshot:
-                if not consumer.restore(await source.snapshot()):
-                    raise _OutOfStep("the snapshot is of an old epoch or does not verify")
+                await _restore(consumer, await source.snapshot())
                 needs_snapshot = False
             async with aclosing(source.subscribe(*consumer.position())) as batches:
                 async for batch in batches:
@@ -65,6 +65,18 @@ async def follow(
         if failures > 1:
             delay_s = min(max_delay_s, first_delay_s * 2.0 ** min(failures - 2, 30))
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
+
+
+_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Lock] = WeakKeyDictionary()
+"""Of a loop that follows many workers: a router that starts beside a large fleet answers requests between snapshots."""
+
+
+async def _restore(consumer: EventConsumer, snapshot: Snapshot) -> None:
+    """Raises _OutOfStep when it does not do."""
+    async with _turns.setdefault(asyncio.get_running_loop(), asyncio.Lock()):
+        await asyncio.sleep(0)
+        if not consumer.restore(snapshot):
+            raise _OutOfStep("the snapshot is of an old epoch or does not verify")
 
 
 async def _offer(source: EventSource, consumer: EventConsumer, batch: EventBatch) -> None:

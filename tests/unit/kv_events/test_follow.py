@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable, Coroutine
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -108,6 +109,40 @@ def test_an_error_in_the_stream_is_followed_by_another_try(error: Exception) -> 
         await followed(source, log, 5)
         again = ["subscribe"] if isinstance(error, Unavailable) else ["snapshot", "subscribe"]
         assert source.calls == ["snapshot", "subscribe", *again]
+
+    run(test())
+
+
+def test_a_loop_that_follows_many_does_other_things_between_snapshots() -> None:
+    """However many come at once: a router that starts beside a fleet answers requests meanwhile."""
+
+    async def test() -> None:
+        restored: list[str] = []
+        between: list[int] = []
+
+        class Watched(WorkerView):
+            def restore(self, snapshot: Snapshot) -> bool:
+                restored.append(self.worker_name)
+                return super().restore(snapshot)
+
+        async def other() -> None:
+            while True:
+                between.append(len(restored))
+                await asyncio.sleep(0)
+
+        logs = [EventLog(f"w{worker}", 1, 16) for worker in range(20)]
+        tree = make_tree()
+        tasks = [asyncio.create_task(other())]
+        for worker, log in enumerate(logs):
+            append(log, 1)
+            view = Watched(log.worker, worker, tree)
+            tasks.append(asyncio.create_task(follow(MemoryEventSource(log), view)))
+        while len(restored) < len(logs):
+            await asyncio.sleep(0)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert all(after - before <= 1 for before, after in pairwise(between))
 
     run(test())
 
