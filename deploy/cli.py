@@ -28,6 +28,11 @@ app.add_typer(events_app, name="events")
 
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
+EVENTS_HELP = (
+    "publish KV events there, too: zmq://HOST:PORT, redis://HOST:PORT/STREAM or grpc://HOST:PORT; port 0 takes a free "
+    "one, {worker} stands for the worker's id; may be repeated, routers read the first [default: the worker's own port]"
+)
+
 ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
 RouterAddress = Annotated[str, typer.Option("--router", help="host:port of a router")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
@@ -52,13 +57,14 @@ def up(
     workers: Annotated[int, typer.Option(min=1, max=64, help="engine workers")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="the router's port; 0 takes a free one")] = 7700,
     kv_cache_mib: Annotated[int, typer.Option(min=1, help="memory for KV blocks of each worker, MiB")] = 1024,
+    events: Annotated[list[str], typer.Option("--events", help=EVENTS_HELP)] = [],  # noqa: B006
 ) -> None:
     """Start a cluster on this machine: a router and its workers. Ctrl-C ends all of it."""
     from deploy.local import run_cluster
     from deploy.processes import until_signal
 
     announce_core()
-    asyncio.run(until_signal(run_cluster(model, workers, port, kv_cache_mib)))
+    asyncio.run(until_signal(run_cluster(model, workers, port, kv_cache_mib, events)))
 
 
 @app.command()
@@ -103,6 +109,7 @@ def worker(
     max_batched_tokens: Annotated[int, typer.Option(help="token budget of an engine step")] = 512,
     max_running: Annotated[int, typer.Option(help="sequences that run at once")] = 64,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait")] = 256,
+    events: Annotated[list[str], typer.Option("--events", help=EVENTS_HELP)] = [],  # noqa: B006
     event_token_ids: Annotated[
         bool, typer.Option("--event-token-ids", help="events tell the prompts' tokens, too: Dynamo and llm-d need them")
     ] = False,
@@ -131,6 +138,7 @@ def worker(
         max_batched_tokens=max_batched_tokens,
         max_running=max_running,
         max_waiting=max_waiting,
+        events=tuple(events),
         event_token_ids=event_token_ids,
         threads=threads,
         advertise=advertise,

@@ -17,7 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from rhizome.errors import Unavailable
+from deploy.processes import WORKER_PLACE
+from kv_events.bus.url import parse_bus_url
+from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.ticket import SECRET_VARIABLE
 from router.client import Client
 
@@ -209,8 +211,15 @@ async def _end(child: Child) -> None:
         process.stdin.close()
 
 
-async def run_cluster(model_dir: Path | None, workers: int, port: int, kv_cache_mib: int) -> None:
-    """A cluster until it is cancelled. Without a checkpoint a tiny one is made for the time."""
+async def run_cluster(
+    model_dir: Path | None, workers: int, port: int, kv_cache_mib: int, events: Sequence[str] = ()
+) -> None:
+    """A cluster until it is cancelled. Without a checkpoint a tiny one is made for the time.
+
+    `events`: bus URLs at which every worker publishes. Raises InvalidRequest for one that they would share.
+    """
+    for url in events:
+        check_own(url, workers)
     with tempfile.TemporaryDirectory(prefix="rhizome-") as folder:
         if model_dir is None:
             # Making a checkpoint needs torch; a cluster of a given one does not.
@@ -218,13 +227,25 @@ async def run_cluster(model_dir: Path | None, workers: int, port: int, kv_cache_
 
             model_dir = Path(folder) / "tiny"
             make_tiny_model(model_dir)
-        arguments = ("--kv-cache-mib", str(kv_cache_mib))
+        arguments = ["--kv-cache-mib", str(kv_cache_mib), *(f"--events={url}" for url in events)]
         async with LocalCluster(model_dir, workers, port=port, worker_arguments=arguments, on_event=_say) as cluster:
             _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
             try:
                 await asyncio.Event().wait()
             finally:
                 _say("stopping")
+
+
+def check_own(url: str, workers: int) -> None:
+    """Raise InvalidRequest unless each of so many workers on one host would have a port or a stream of its own."""
+    bus = parse_bus_url(url)
+    if workers == 1:
+        return
+    if bus.scheme in ("grpc", "zmq") and (bus.port or bus.replay_port):
+        raise InvalidRequest("events_url", str(bus), f"port 0, as {workers} workers need one each")
+    if bus.scheme.startswith("redis") and WORKER_PLACE not in bus.name:
+        limit = f"a stream with {WORKER_PLACE} in its name, as {workers} workers need one each"
+        raise InvalidRequest("events_url", str(bus), limit)
 
 
 def _say(text: str) -> None:

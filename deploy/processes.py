@@ -10,12 +10,14 @@ import signal
 import sys
 import time
 from collections.abc import AsyncIterator, Coroutine
-from contextlib import AbstractAsyncContextManager, asynccontextmanager, suppress
-from dataclasses import dataclass
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 from deploy.doctor import announce_core
+from kv_events.bus.url import BusUrl, parse_bus_url, publishing
 from kv_events.log import EventLog
 from rhizome import rpc
 from rhizome.errors import InvalidRequest, Unavailable
@@ -33,6 +35,7 @@ _log = logging.getLogger(__name__)
 
 EVENT_BATCHES_KEPT = 8192  # a router that is away for longer takes a snapshot
 WILDCARDS = ("0.0.0.0", "::", "[::]")  # noqa: S104 - refused, not bound
+WORKER_PLACE = "{worker}"
 ROLES = {
     "both": fleet_pb2.WORKER_ROLE_BOTH,
     "prefill": fleet_pb2.WORKER_ROLE_PREFILL,
@@ -57,6 +60,7 @@ class WorkerSettings:
     max_batched_tokens: int = 512
     max_running: int = 64
     max_waiting: int = 256
+    events: tuple[str, ...] = ()  # bus URLs to publish at besides the own server; {worker} stands for the id
     event_token_ids: bool = False  # events tell the prompts' tokens; whoever reads them reads the prompts
     threads: int | None = None
     insecure: bool = False
@@ -73,6 +77,8 @@ class WorkerSettings:
             raise InvalidRequest("advertise", None, f"the host by which others reach it, as {self.host} is a wildcard")
         for router in self.routers:
             check_address("router", router)
+        for bus in self.buses:
+            self._check_bus(bus)
         if self.role not in ROLES:
             raise InvalidRequest("role", self.role, f"one of {', '.join(ROLES)}")
         for name in ("kv_cache_mib", "block_size"):
@@ -91,9 +97,27 @@ class WorkerSettings:
         """What clients call the model."""
         return self.model_name or self.model_dir.resolve().name
 
+    @property
+    def buses(self) -> list[BusUrl]:
+        """Where events are published besides. Raises InvalidRequest."""
+        return [parse_bus_url(url.replace(WORKER_PLACE, quote(self.worker_id, safe=""))) for url in self.events]
+
+    def _check_bus(self, bus: BusUrl) -> None:
+        if bus.scheme == "memory":
+            raise InvalidRequest("events", str(bus), "grpc://, zmq:// or redis://: nobody else reads this one")
+        if bus.scheme in ("grpc", "zmq"):
+            rpc.check_bind_host(bus.host, insecure=self.insecure)
+            if bus.host in WILDCARDS and self.routers and not self.advertise:
+                raise InvalidRequest("advertise", None, f"the host by which others read {bus}")
+
     def reached_at(self, bound: str) -> str:
         """The address to register for one that is bound as host:port."""
         return f"{self.advertise}:{bound.rpartition(':')[2]}" if self.advertise else bound
+
+    def read_at(self, url: str) -> str:
+        """The bus URL to register for one that is published at."""
+        bus = parse_bus_url(url)
+        return replace(bus, host=self.advertise).url if self.advertise and bus.host in WILDCARDS else url
 
 
 @asynccontextmanager
@@ -114,13 +138,30 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
     thread = EngineThread(engine)
     thread.start()
     try:
-        async with running_server(identity, thread, settings.host, settings.port) as address:
-            request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role])
+        async with (
+            _published(engine.event_log, settings) as urls,  # outside, for the end of the log is published, too
+            running_server(identity, thread, settings.host, settings.port) as address,
+        ):
+            events_url = settings.read_at(urls[0]) if urls else ""
+            request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role], events_url)
             members = [FleetMember(router, request, identity, thread).run() for router in settings.routers]
             async with _beside(_end_with(thread), *members):
                 yield address
     finally:
         thread.stop()
+
+
+@asynccontextmanager
+async def _published(log: EventLog, settings: WorkerSettings) -> AsyncIterator[list[str]]:
+    """Publish `log` at all of the settings' buses until left; yields the URLs to read it at."""
+    topic = f"kv@{settings.worker_id}@{settings.served_name}"
+    async with AsyncExitStack() as stack:
+        urls = []
+        for bus in settings.buses:
+            publication = publishing(log, bus, topic=topic, insecure=settings.insecure)
+            urls.append(await stack.enter_async_context(publication))
+            _log.info("events are published at %s", parse_bus_url(urls[-1]))
+        yield urls
 
 
 @asynccontextmanager

@@ -46,6 +46,7 @@ class WorkerInfo:
     max_waiting: int  # sequences
     max_batched_tokens: int  # token budget of a step
     role: Role = Role.BOTH
+    events_url: str = ""  # where its KV events are read; empty: at its address
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,18 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterable, Coroutine, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractAsyncContextManager, contextmanager, nullcontext
 from typing import Any
 
 import grpc
 
+from kv_events.bus import EventSource
 from kv_events.bus.follow import follow
 from kv_events.bus.grpc import GrpcEventSource
+from kv_events.bus.redis_stream import AUTH_VARIABLE, credentials
+from kv_events.bus.url import open_source, parse_bus_url
 from rhizome import rpc
-from rhizome.errors import Unavailable
+from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import worker_pb2, worker_pb2_grpc
 from router.core import Router
@@ -46,6 +49,10 @@ class WorkerLink:
         self._streams = 0
         self._retired = False
         self._idle = asyncio.Event()
+
+    def events(self) -> AbstractAsyncContextManager[EventSource]:
+        """Where the worker says that its events are to be read."""
+        return open_source(self.info.events_url) if self.info.events_url else nullcontext(GrpcEventSource(self.channel))
 
     @contextmanager
     def stream(self) -> Iterator[None]:
@@ -138,10 +145,11 @@ class Links:
             group.create_task(self._prepare(link))
 
     async def _follow(self, link: WorkerLink) -> None:
-        source, view = GrpcEventSource(link.channel), self._router.view(link.info.worker_id)
+        view, name = self._router.view(link.info.worker_id), f"events of worker {link.info.worker_id}"
         while True:
             try:
-                await follow(source, view)
+                async with link.events() as source:
+                    await follow(source, view, name=name)
             except Exception:  # a defect here must not leave a worker without its index for good
                 logger.exception("worker %s: following its events failed", link.info.worker_id)
                 await asyncio.sleep(MAX_RETRY_S)
@@ -173,6 +181,19 @@ class Links:
             if found != wanted:
                 raise BadTokenizer(f"the files' digest is {found}, the model card says {wanted}")
             self._tokenizers[wanted] = await asyncio.to_thread(PromptTokenizer, files)
+
+
+def check_events_url(url: str) -> None:
+    """Raise InvalidRequest for one that a router could not, or should not, read a worker's events at; empty is fine."""
+    if not url:
+        return
+    bus = parse_bus_url(url)
+    if bus.scheme == "memory" or bus.port == 0:
+        raise InvalidRequest("events_url", str(bus), "a port that others can reach: grpc://, zmq:// or redis://")
+    if bus.user or bus.password:
+        raise InvalidRequest("events_url", str(bus), f"no login: routers bring their own ({AUTH_VARIABLE})")
+    if bus.scheme.startswith("redis"):
+        credentials(bus)  # readable, if there are any
 
 
 async def collect_files(chunks: AsyncIterable[worker_pb2.FileChunk]) -> dict[str, bytes]:

@@ -112,6 +112,7 @@ def worker_info(request: fleet_pb2.RegisterRequest) -> WorkerInfo:
         max_running=request.max_running,
         max_waiting=request.max_waiting,
         max_batched_tokens=request.max_batched_tokens,
+        events_url=request.events_url,
     )
 
 
@@ -133,6 +134,7 @@ def worker_entry(member: Member, now: float) -> router_pb2.WorkerEntry:
         address=info.address,
         role=fleet_pb2.WorkerRole.ValueType(info.role),
         draining=member.draining,
+        events_url=info.events_url,
         lease_left_s=max(0.0, member.lease_until - now),
         model=fleet_pb2.ModelCard(
             name=info.model.name,

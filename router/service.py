@@ -17,7 +17,7 @@ from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import Router
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
-from router.links import Links, WorkerLink
+from router.links import Links, WorkerLink, check_events_url
 from router.messages import PreparedRequest, decision_message, prepare, worker_entry, worker_info, worker_report
 from router.policy import Decision, PredictedTtft
 from router.whole_tree import TreeSender
@@ -119,6 +119,12 @@ class RouterService:
             entry.next_event_seq = view.position()[1]
             entry.index_synced = view.synced
             entry.resyncs = view.counts.resyncs
+            entry.events_applied = view.counts.applied
+            entry.events_duplicate = view.counts.duplicates
+            entry.events_stale = view.counts.stale
+            entry.event_gaps = view.counts.gaps
+            entry.digest_mismatches = view.counts.mismatches
+            entry.events_malformed = view.counts.malformed
             response.workers.append(entry)
         return response
 
@@ -195,6 +201,7 @@ class FleetService:
         ticket.check_member(self._secret, request)
         info = worker_info(request)
         validate.check_address("address", info.address)
+        check_events_url(info.events_url)
         known = self._router.fleet.find(info.worker_id)
         if self._router.register(info, time.monotonic()):
             if known and known.info.address != info.address:

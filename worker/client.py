@@ -35,9 +35,14 @@ class Refused(RhizomeError):
 
 
 def registration(
-    identity: WorkerIdentity, thread: EngineThread, address: str, role: fleet_pb2.WorkerRole.ValueType
+    identity: WorkerIdentity,
+    thread: EngineThread,
+    address: str,
+    role: fleet_pb2.WorkerRole.ValueType,
+    events_url: str = "",
 ) -> fleet_pb2.RegisterRequest:
-    """The signed registration of a worker that serves at `address`."""
+    """The signed registration of a worker that serves at `address`. `events_url` says where routers are to read its
+    events; empty: there, too."""
     config = thread.engine.config
     request = fleet_pb2.RegisterRequest(
         worker_id=identity.worker_id,
@@ -49,6 +54,7 @@ def registration(
         max_running=config.max_running,
         max_waiting=config.max_waiting,
         max_batched_tokens=config.max_batched_tokens,
+        events_url=events_url,
     )
     ticket.sign_member(identity.secret, request)
     return request

@@ -14,10 +14,10 @@ from typing import Self
 class Launcher:
     """`rhizome up` with one worker on a free port, from ready to stopped."""
 
-    def __init__(self, model: Path, until: str = "ready: ") -> None:
+    def __init__(self, model: Path, *options: str, until: str = "ready: ") -> None:
         """Entered as soon as a line begins with `until`."""
         self._until = until
-        arguments = ("up", "--model", str(model), "--workers", "1", "--port", "0")
+        arguments = ("up", "--model", str(model), "--workers", "1", "--port", "0", *options)
         command = (sys.executable, "-m", "deploy.cli", *arguments)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.children: list[int] = []
