@@ -108,6 +108,7 @@ def connect(bus: BusUrl) -> Redis:
         username=user or None,
         password=password or None,
         ssl=bus.scheme == "rediss",
+        ssl_check_hostname=True,  # by the system's certificates, or those of SSL_CERT_FILE
         protocol=2,  # replies of the same shape from every release of server and client
         socket_connect_timeout=TIMEOUT_S,
         socket_timeout=None,  # see `answer`

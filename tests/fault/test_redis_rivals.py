@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import shutil
+import socket
+import subprocess
 from collections.abc import Iterator
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import numpy as np
 import pytest
 from redis import Redis
+from redis.exceptions import ResponseError
 
 from kv_events import wire
 from kv_events.bus import redis_publisher
@@ -245,6 +250,48 @@ def test_credentials_are_told_to_nobody(monkeypatch: pytest.MonkeyPatch, caplog:
     with RedisServer("--requirepass", PASSWORD) as server:
         run(test(server))
     assert "Xylophon" not in caplog.text
+
+
+def test_over_tls_a_server_must_prove_who_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """rediss:// reads and writes where the certificate holds for the host, and says nothing to others."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("openssl is not installed: apt-get install openssl")
+    key, certificate = tmp_path / "key.pem", tmp_path / "certificate.pem"
+    subject = ("-subj", "/CN=redis", "-addext", "subjectAltName=IP:127.0.0.1", "-days", "2", "-nodes")
+    out = ("-newkey", "rsa:2048", "-keyout", str(key), "-out", str(certificate))
+    subprocess.run([openssl, "req", "-x509", *out, *subject], check=True, capture_output=True)
+
+    async def test(port: int) -> None:
+        worker = Worker()
+        worker.go_on(20)
+        async with (
+            published(worker, f"rediss://127.0.0.1:{port}/kv") as told,
+            open_source(parse_bus_url(told)) as source,
+        ):
+            with pytest.raises(Unavailable, match="certificate verify failed"):
+                await source.snapshot()
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate))
+        async with published(worker, f"rediss://127.0.0.1:{port}/kv") as told, router(told) as view:
+            await in_step(view, worker)
+        async with open_source(parse_bus_url(f"rediss://localhost:{port}/kv")) as source:
+            with pytest.raises(Unavailable, match="certificate"):
+                await source.snapshot()
+
+    with RedisServer() as server:
+        with Redis(port=server.port) as client, socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+            free.close()
+            files = {"tls-cert-file": certificate, "tls-key-file": key}
+            try:
+                for name, value in ({"tls-auth-clients": "no"} | files | {"tls-port": port}).items():
+                    client.config_set(name, str(value))
+            except ResponseError as error:
+                pytest.skip(f"this redis-server knows no TLS: {error}")
+        run(test(port))
 
 
 def test_credentials_that_cannot_be_read_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,12 +33,14 @@ class RedisServer:
         return f"redis://127.0.0.1:{self.port}/{stream}"
 
     def __enter__(self) -> Self:
-        while self._process is None:
+        for _ in range(5):  # another process may be faster to the port
             with socket.socket() as free:
                 free.bind(("127.0.0.1", 0))
                 self.port = free.getsockname()[1]
-            self.start()  # another process may have been faster to the port
-        return self
+            self.start()
+            if self._process is not None:
+                return self
+        raise AssertionError("redis-server does not start")
 
     def __exit__(self, *error: object) -> None:
         if self._process is not None:
