@@ -25,9 +25,9 @@ logger = logging.getLogger(__name__)
 PAGE_BATCHES = 256
 PAGE_BYTES = 2**18
 """Of batches in one answer (one batch at least), or of a snapshot: what the loop is held for, and what a peer that asks
-and does not read may pile up, times QUEUED_ANSWERS. Large frames are not copied: they share the log's memory."""
+and does not read may pile up, times QUEUED_ANSWERS."""
 
-QUEUED_ANSWERS = 128
+QUEUED_ANSWERS = 32
 MAX_RUNNING = 64
 """Foreign replays and snapshots at work at once. Further ones are refused."""
 
@@ -35,7 +35,7 @@ KEPT_SNAPSHOTS = 4
 """Readers fetch one piece by piece; the oldest goes when a further one is made, and its readers start again."""
 
 STALLED_REPLAY_S = 10.0  # without a free place in the asker's queue, before a foreign replay is given up
-STALL_LOOK_S = 0.005
+STALL_LOOK_S = 0.002
 BIND_PATIENCE_S = 1.0  # libzmq gives a port back some time after it says so
 GOODBYE_LINGER_MS = 500
 MAX_TOPICS = 4096  # subscribed to at once that are remembered: 1 MB

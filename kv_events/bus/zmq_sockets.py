@@ -117,7 +117,7 @@ class LoopSocket:
         Raises zmq.ZMQError when (ROUTER) the peer has left.
         """
         try:
-            self.raw.send_multipart(frames, zmq.NOBLOCK, copy=False)  # small ones are copied all the same
+            self.raw.send_multipart(frames, zmq.NOBLOCK)
         except zmq.Again:
             return False
         finally:
