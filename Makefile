@@ -85,5 +85,11 @@ bench-index: native
 		$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,bench]'
 	$(BIN)/python -m benchmarks.index $(ARGS)
 
+.PHONY: bench-events
+bench-events: native
+	@$(BIN)/python -c 'import dynamo.llm, msgspec' 2>/dev/null || \
+		$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,bench]'
+	$(BIN)/python -m benchmarks.events $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

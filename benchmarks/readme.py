@@ -39,20 +39,62 @@ ALONE = (
     *(f"limit match p50 {blocks} full H8" for blocks in BLOCKS),
 )
 
+DECODED = (
+    *(f"{kind} {into}" for kind in ("store", "remove") for into in ("tree", "view", "all")),
+    *("foreign store", "foreign remove"),
+)
+TRANSPORTS = ("memory", "grpc", "zmq", "redis")
+STALLED = (0, 1, 3)
+EVENTS_ALONE = (
+    "append",
+    *(f"publish redis {state}" for state in ("alive", "stopped", "dead")),
+    *(f"recovery {transport}{part}" for transport in ("grpc", "redis") for part in ("", " right")),
+)
+
 
 def index_section(report: Report) -> str:
     """The index's figures: machine, stores and removals, matches, and all else."""
     rows: Rows = {row["what"]: row for row in report["rows"]}
-    judged = [row for row in rows.values() if row["met"] is not None]
-    parts = [_measured_on(report), _events(rows), _matches(rows), _alone(rows)]
-    if judged:
-        met = sum(row["met"] for row in judged)
-        parts.append(f"Of {len(judged)} rows with a goal, {met} meet it. `benchmarks/results/index.json` has all rows.")
-    parts.append("![p50 match latency against depth](benchmarks/results/index.png)")
-    return "\n\n".join(parts)
+    plot = "![p50 match latency against depth](benchmarks/results/index.png)"
+    return "\n\n".join(
+        [_measured_on(report), _events(rows), _matches(rows), _alone(rows, ALONE), _verdict(report), plot]
+    )
 
 
-SECTIONS: dict[str, Callable[[Report], str]] = {"index": index_section}
+def events_section(report: Report) -> str:
+    """The events' figures: payloads into a tree, transports, what publishing costs, recovery."""
+    rows: Rows = {row["what"]: row for row in report["rows"]}
+    stalled = [f"{count} stalled" for count in STALLED]
+    parts = [
+        _measured_on(report),
+        _grid(
+            "batches of 16 blocks, from bytes into a tree",
+            ("batches/s", "M blocks/s"),
+            [(what, [f"decode {what}", f"decode {what} blocks"]) for what in DECODED],
+            rows,
+        ),
+        _notes([f"decode {what}" for what in DECODED if "store" in what], rows),
+        _grid(
+            "append to tree",
+            ("batches/s", "M blocks/s", "lag p50, us", "lag p99, us"),
+            [(each, [f"bus {each}{part}" for part in ("", " blocks", " lag p50", " lag p99")]) for each in TRANSPORTS],
+            rows,
+        ),
+        _notes([f"bus {each}" for each in TRANSPORTS], rows) + "\n- lag: at a tenth of the transport's rate",
+        _grid(
+            "an append in a step of 10 ms, us (goal: at most 100)",
+            stalled,
+            [(each, [f"publish {each} {count}" for count in stalled]) for each in TRANSPORTS],
+            rows,
+        ),
+        _alone(rows, EVENTS_ALONE),
+    ]
+    if not report["machine"]["redis"]:
+        parts.append("Rows of Redis are missing: there was no redis-server.")
+    return "\n\n".join([*parts, _verdict(report)])
+
+
+SECTIONS: dict[str, Callable[[Report], str]] = {"index": index_section, "events": events_section}
 
 
 def with_section(readme: str, report: Report) -> str:
@@ -117,9 +159,20 @@ def _cell(row: dict[str, Any] | None) -> str:
     return cell + (f", goal {goal_text(row)} missed" if row["met"] is False else "")
 
 
-def _alone(rows: Rows) -> str:
+def _notes(names: Iterable[str], rows: Rows) -> str:
+    """The notes of rows in a grid."""
+    return "\n".join(f"- {name.partition(' ')[2]}: {rows[name]['note']}" for name in names if name in rows)
+
+
+def _verdict(report: Report) -> str:
+    judged = [row["met"] for row in report["rows"] if row["met"] is not None]
+    verdict = f"Of {len(judged)} rows with a goal, {sum(judged)} meet it. " if judged else ""
+    return f"{verdict}`benchmarks/results/{report['name']}.json` has all rows."
+
+
+def _alone(rows: Rows, names: Iterable[str]) -> str:
     table = ["| what | unit | ours | peer | ratio | goal | |", "| --- " * 7 + "|"]
-    for row in (rows[what] for what in ALONE if what in rows):
+    for row in (rows[what] for what in names if what in rows):
         goal = goal_text(row) + {None: "", True: ", met", False: ", missed"}[row["met"]]
         ratio = f"{number(row['ratio'])}x" if row["ratio"] is not None else ""
         figures = f"{number(row['ours'])} | {number(row['peer'])} | {ratio} | {goal}"
@@ -139,7 +192,8 @@ def main() -> int:
         except ImportError:
             print("no plot: pip install matplotlib", file=sys.stderr)
         else:
-            PLOTS[report["name"]](report, path.with_suffix(".png"))
+            if report["name"] in PLOTS:
+                PLOTS[report["name"]](report, path.with_suffix(".png"))
     return 0
 
 
