@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import sys
 import time
 from collections import OrderedDict
 from collections.abc import Collection
 from contextlib import aclosing
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 from deploy.events.files import open_recording
@@ -38,8 +39,11 @@ SETTLE_S = 5.0
 """How long a router and its workers get to agree: a view is behind its worker by what is on its way."""
 
 LOOK_S = 0.25
-REMEMBERED_DIGESTS = 2**16
-"""Of a worker's last batches: minutes of 10 ms steps."""
+BEHIND_S = 1.0
+"""How far behind its worker a view may be that counts as right."""
+
+REMEMBERED_DIGESTS = 2**12
+"""Of a worker's last batches: seconds of 1 ms steps."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,31 +172,39 @@ def _tell_end(output: Output, equal: bool) -> None:
 # A router against its workers.
 
 
-@dataclass(frozen=True, slots=True)
 class _Truth:
     """What a worker says of itself: an EventConsumer that remembers the digests after its last batches."""
 
-    stream: ObservedStream
-    digests: OrderedDict[bytes, None] = field(default_factory=OrderedDict)
+    def __init__(self, stream: ObservedStream) -> None:
+        self._stream = stream
+        self._until_s: OrderedDict[bytes, float] = OrderedDict()  # digest -> when the next one came
+        self._last = b""
 
     def position(self) -> tuple[int, int]:
-        return self.stream.position()
+        return self._stream.position()
 
     def offer(self, batch: EventBatch) -> Resync:
         self._remember(batch.digest)
-        return self.stream.offer(batch)
+        return self._stream.offer(batch)
 
     def restore(self, snapshot: Snapshot) -> bool:
         self._remember(snapshot.digest)
-        return self.stream.restore(snapshot)
+        return self._stream.restore(snapshot)
 
     def malformed(self) -> None:
-        self.stream.malformed()
+        self._stream.malformed()
+
+    def was(self, digest: bytes, since_s: float) -> bool:
+        """Whether this was the worker's digest at some time since then, or is it now."""
+        return self._until_s.get(digest, -math.inf) >= since_s
 
     def _remember(self, digest: bytes) -> None:
-        self.digests[digest] = None
-        if len(self.digests) > REMEMBERED_DIGESTS:
-            self.digests.popitem(last=False)
+        self._until_s[self._last] = time.monotonic()
+        self._until_s.pop(digest, None)  # to the end
+        self._until_s[digest] = math.inf
+        self._last = digest
+        if len(self._until_s) > REMEMBERED_DIGESTS:
+            self._until_s.popitem(last=False)
 
 
 async def _router_against_workers(options: DiffOptions, output: Output) -> bool:
@@ -210,17 +222,20 @@ async def _router_against_workers(options: DiffOptions, output: Output) -> bool:
 async def _settled(targets: Targets, options: DiffOptions) -> dict[str, StateDiff]:
     """The differences that are left once the router has had the time to catch up.
 
-    A view is right where the worker was so at some time: the router's digest is looked for among those that the
-    worker's stream has shown since it is followed here. So a busy worker is no difference.
+    A view is right where the worker was so a moment ago: the router's digest is looked for among those that the
+    worker's stream has shown. So a busy worker is no difference.
     """
     observer, truths, views = Observer(), dict[str, _Truth](), dict[str, HeldState]()
+    looked_s = 0.0
 
     def truth_of(name: str) -> _Truth:
         truths[name] = _Truth(observer.consumer(name, time.time))
         return truths[name]
 
     def apart() -> set[str]:
-        return {name for name in {*truths, *views} if not _agree(truths.get(name), views.get(name, NOTHING_HELD))}
+        since_s = looked_s - BEHIND_S
+        agree = {name for name, truth in truths.items() if truth.was(views.get(name, NOTHING_HELD).digest, since_s)}
+        return {*truths, *views} - agree
 
     async with following(targets, truth_of) as followed:
         with status_line() as show:
@@ -228,6 +243,7 @@ async def _settled(targets: Targets, options: DiffOptions) -> dict[str, StateDif
             async with aclosing(ticks(LOOK_S, SETTLE_S)) as ticking:
                 async for _ in ticking:
                     await followed.refresh()
+                    looked_s = time.monotonic()
                     views = await _held_by(targets, options.workers)
                     if truths and not apart():
                         break
@@ -240,7 +256,3 @@ async def _settled(targets: Targets, options: DiffOptions) -> dict[str, StateDif
         blocks = len(views.get(name, NOTHING_HELD).hashes)
         diffs[name] = StateDiff(equal=True, blocks_a=blocks, blocks_b=blocks, missing=0, extra=0, moved=0)
     return diffs
-
-
-def _agree(truth: _Truth | None, view: HeldState) -> bool:
-    return truth is not None and view.digest in truth.digests

@@ -59,7 +59,7 @@ class Following:
         self._refreshed_s = time.monotonic()
         present = {(stream.name, stream.url): stream for stream in self._targets.streams}
         await self._end([key for key in self._tasks if key not in present])
-        for key in present.keys() - self._tasks.keys():
+        for key in sorted(present.keys() - self._tasks.keys()):
             stream = present[key]
             if stream.name not in self._consumers:
                 self._consumers[stream.name] = self._consumer_of(stream.name)

@@ -7,7 +7,7 @@ step back; the batches' own times are looked at for the lag alone.
 from __future__ import annotations
 
 import math
-from collections import deque
+from collections import OrderedDict, deque
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from typing import Any
@@ -72,7 +72,7 @@ class StreamStats:
         """Rates are over the last `window_s` seconds, in steps of a 20th; None: over all that was seen."""
         self._masks: dict[int, int] = {}  # block -> bit mask of tiers
         self._since: dict[int, float] = {}  # block -> when its store was seen
-        self._former: dict[int, None] = {}  # removed blocks, the latest last
+        self._former: OrderedDict[int, None] = OrderedDict()  # removed blocks, the latest last
         self._tier_blocks = [0 for _ in Tier]
         self._max_blocks = max_blocks
         self._rates = _SlidingSums(window_s, columns=4)
@@ -125,7 +125,7 @@ class StreamStats:
             for block in hashes[start:end]:
                 self._hold(block, tier, self._masks.get(block, 0))
         self._since = {block: at for block, at in since.items() if block in self._masks}
-        self._former = {block: None for block in self._former if block not in self._masks}
+        self._former = OrderedDict.fromkeys(block for block in self._former if block not in self._masks)
 
     def numbers(self, now_s: float) -> StreamNumbers:
         """As of now."""
@@ -208,7 +208,7 @@ class StreamStats:
 
     def _trim(self) -> None:
         while len(self._former) > FORMER_BLOCKS:
-            del self._former[next(iter(self._former))]
+            self._former.popitem(last=False)
 
 
 class _SlidingSums:
