@@ -6,12 +6,14 @@ import asyncio
 import logging
 import sys
 from collections.abc import Collection
+from contextlib import suppress
 from typing import ClassVar, Protocol
 
 from rich.text import Text
 from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.containers import VerticalScroll
+from textual.css.query import NoMatches
 from textual.screen import Screen
 from textual.widgets import DataTable, Footer, Static
 
@@ -94,8 +96,8 @@ class Detail(Screen[None]):
             parts = [(part.text, STYLES[part.role]) for line in lines for part in (*line, Segment("\n", ""))]
         except InvalidRequest as error:
             parts = [(f"not there any more ({error.limit})", STYLES["bad"])]
-        if self.is_attached:
-            self.query_one("#lines", Static).update(Text.assemble(*parts))
+        for lines_shown in self.query("#lines").results(Static):  # none before it is composed
+            lines_shown.update(Text.assemble(*parts))
 
 
 class TopApp(App[None]):
@@ -141,11 +143,12 @@ class TopApp(App[None]):
         self.run_worker(self._watch())
 
     async def _watch(self) -> None:
-        while True:
-            picture = await self._model.look()
-            if not self.paused:
-                await self._show(picture)
-            await asyncio.sleep(self._interval_s)
+        with suppress(NoMatches):  # the widgets are gone: the app is about to end
+            while True:
+                picture = await self._model.look()
+                if not self.paused:
+                    await self._show(picture)
+                await asyncio.sleep(self._interval_s)
 
     async def _show(self, picture: Picture) -> None:
         self._picture = picture
