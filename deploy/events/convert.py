@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TextIO
@@ -69,10 +69,11 @@ def _output(options: ConvertOptions) -> Iterator[Path | None]:
     try:
         yield part
         part.replace(path)
-    except FileNotFoundError as error:
-        raise InvalidRequest("destination", str(path), "a file in a folder that exists") from error
+    except OSError as error:
+        raise InvalidRequest("destination", str(path), f"a file that can be written ({error.strerror})") from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 
 def _export(source: Path, form: str, path: Path | None) -> tuple[int, bool]:

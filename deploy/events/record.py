@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from contextlib import aclosing
+from collections.abc import Iterator
+from contextlib import aclosing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from kv_events.inspect.observer import Observer
 from kv_events.inspect.recorder import Recorder
 from kv_events.inspect.recording import RecordingWriter
 from kv_events.inspect.words import counted, printable
-from rhizome.errors import InvalidRequest
+from rhizome.errors import InvalidRequest, Unavailable
 
 LOOK_S = 0.1
 """How often it is looked whether enough batches have come."""
@@ -48,7 +49,7 @@ async def run_record(options: RecordOptions) -> None:
             raise InvalidRequest(
                 "target", options.target, "a live one; a recording is copied by `rhizome events convert`"
             )
-        with _create(options, clock_ns()) as writer:
+        with _full_disk(options.file), _create(options, clock_ns()) as writer:
             recorder = Recorder(writer, Observer(), clock_ns, options.batches)
             async with following(targets, lambda name: recorder.consumer(name if named else "")) as followed:
                 seconds = await _record(recorder, followed, options.for_s)
@@ -65,6 +66,15 @@ def _create(options: RecordOptions, created_ns: int) -> RecordingWriter:
         raise InvalidRequest("file", str(options.file), limit) from None
     except OSError as error:
         raise InvalidRequest("file", str(options.file), f"a file that can be written ({error.strerror})") from error
+
+
+@contextmanager
+def _full_disk(file: Path) -> Iterator[None]:
+    """What the file cannot take is no fault of the program."""
+    try:
+        yield
+    except OSError as error:
+        raise Unavailable(f"{file}: {error.strerror}") from error
 
 
 async def _record(recorder: Recorder, followed: Following, for_s: float | None) -> float:

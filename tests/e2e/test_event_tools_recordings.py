@@ -253,6 +253,8 @@ def test_bad_input_is_one_line_naming_what_is_wrong(events: Command, tmp_path: P
     assert "source is" in refusal(events("convert", missing, tmp_path / "b.rhz"))
     assert "destination is" in refusal(events("convert", tmp_path / "junk.jsonl", tmp_path / "b.parquet"))
     assert "destination is" in refusal(events("convert", here, missing / "b.jsonl"))
+    assert "destination is" in refusal(events("convert", here, here / "b.jsonl"))
+    assert "file is" in refusal(events("record", here / "b.rhz", "memory://x", "--for", "0.1"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.rhz", "junk", "junk.jsonl"]
 
 
