@@ -271,7 +271,7 @@ class _Reader:
             return self.value()
         start, keys = self._unpacker.tell(), []
         for chunk in self._small_values(self.array_header("extra_keys", MAX_EXTRA_KEYS_PER_EVENT)):
-            if self._unpacker.tell() - start > room.extra_bytes and any(chunk):
+            if self._unpacker.tell() - start > room.extra_bytes and chunk.count(None) < len(chunk):
                 room.extra_bytes = -1
                 room.check()
             keys += [extra_key_of(value) for value in chunk]

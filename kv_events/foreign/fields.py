@@ -177,9 +177,10 @@ def _extra_keys(value: Any) -> tuple[tuple[ExtraKey, ...] | None, ...] | None:
         return None
     if type(value) is not list:
         raise WireError(f"extra_keys is {shown(value)}: an array is needed")
-    if not any(value):  # as in most batches
+    if value.count(None) == len(value):  # as in most batches
         return None
-    return tuple(map(extra_key_of, value))
+    keys = tuple(map(extra_key_of, value))
+    return keys if any(keys) else None
 
 
 def extra_key_of(value: Any) -> tuple[ExtraKey, ...] | None:

@@ -7,6 +7,7 @@ has no default is always written, and its reader wants it.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 import msgspec
@@ -59,6 +60,7 @@ class Release:
     def is_sglang(self) -> bool:
         return self.name.startswith("sglang")
 
+    @cache  # noqa: B019 - a few releases, for good
     def event(self, kind: str) -> Any:
         """The class of a kind of event."""
         optional = _SGLANG if self.is_sglang else _VLLM
@@ -71,6 +73,7 @@ class Release:
             kind, fields, tag=kind, array_like=self.positional, omit_defaults=not (self.is_sglang and self.positional)
         )
 
+    @cache  # noqa: B019
     def batch(self) -> Any:
         """The class of a batch, of which msgspec reads the events as this release's classes."""
         kinds = tuple(self.event(kind) for kind in ("BlockStored", "BlockRemoved", "AllBlocksCleared"))

@@ -126,7 +126,7 @@ class MapStored(msgspec.Struct, omit_defaults=True, gc=False, tag="BlockStored")
     block_size: int
     lora_id: int | None
     medium: str | None
-    lora_name: str | None = None
+    lora_name: str | None
     extra_keys: list[tuple[Any, ...] | None] | None = None
     group_idx: int | None = None
 

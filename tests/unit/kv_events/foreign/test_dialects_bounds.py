@@ -302,7 +302,7 @@ BOMBS = {
     "small extra keys": with_bytes("extra_keys", long_array(2**14, b"\x92\x01\x91\x02")),
     "maps for extra keys": with_bytes("extra_keys", long_array(2**14, b"\x81\xa0\xc0")),
     "nested extra keys": with_bytes("extra_keys", long_array(2**14, b"\x91\x90")),
-    "extra keys of extra keys": with_bytes("extra_keys", long_array(20, b"\xdc\x10\x00" + b"\x91\x90" * 2**12)),
+    "extra keys of extra keys": with_bytes("extra_keys", long_array(8, b"\xdc\x10\x00" + b"\x91\x90" * 2**12)),
     "empty arrays for events": b"\x93\x01" + long_array(2**16, b"\x90") + b"\x00",
     "events of an unknown kind": b"\x93\x01" + long_array(2**14, b"\x91\xa2ab") + b"\x00",
     "maps of an unknown kind": b"\x93\x01" + long_array(2**14, b"\x81\xa4type\xa2ab") + b"\x00",
