@@ -94,7 +94,7 @@ class WorkerView:
         if self._cursor.advance(batch):
             self._apply(batch)
             self._old_snapshots = 0
-            return self._needed()
+            return Resync.NONE if self._verified else self._needed()
         for instruction in self._cursor.offer(batch):
             self._follow(instruction)
         if batch.epoch < self._cursor.position[0]:

@@ -128,7 +128,9 @@ def decode(payload: bytes) -> EventBatch:
     read = _decode_natively(payload) if _decode_natively else None
     if read is None:  # there is no native core, or this is not what our own workers send most
         return decode_in_python(payload)
-    return EventBatch(read.worker, read.epoch, read.seq, DecodedEvents(payload, read), read.digest, read.ts)
+    worker, epoch, seq, digest, ts = read.header
+    # A fifth of all this would go into EventBatch's own __new__.
+    return tuple.__new__(EventBatch, (worker, epoch, seq, DecodedEvents(payload, read), digest, ts))
 
 
 def decode_in_python(payload: bytes) -> EventBatch:

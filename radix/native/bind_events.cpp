@@ -56,7 +56,11 @@ void bind_events(nb::module_ &module) {
         .def_ro("epoch", &Batch::epoch)
         .def_ro("seq", &Batch::seq)
         .def_ro("ts", &Batch::ts)
-        .def_prop_ro("digest", [](const Batch &self) { return nb::bytes(self.digest.data(), self.digest.size()); });
+        .def_prop_ro("digest", [](const Batch &self) { return nb::bytes(self.digest.data(), self.digest.size()); })
+        .def_prop_ro("header", [](const Batch &self) {  // all of these at once
+            return nb::make_tuple(nb::str(self.worker.data(), self.worker.size()), self.epoch, self.seq,
+                                  nb::bytes(self.digest.data(), self.digest.size()), self.ts);
+        });
     batch_type = batch;
     module.def("decode_batch", decode_batch);
 }
