@@ -83,20 +83,20 @@ def decode_foreign(payload: bytes) -> ForeignBatch:
 
 
 def dialect_of(payload: bytes) -> Literal["rhizome", "foreign"]:
-    """Whose batch this is, by its first elements: our own have a version and a worker's name behind the third.
+    """Whose batch this is: behind the third element our own have a version, a worker's name, an epoch and a number.
 
     Raises WireError for what is no batch at all. That it will decode is not said.
     """
     try:
         reader = _Reader(payload)
-        if reader.at_map() or reader.array_header("batch", MAX_FIELDS) < 8:
+        if reader.at_map() or reader.array_header("batch", MAX_FIELDS) < 7:
             return "foreign"
         for _ in range(3):
             reader.skip()
-        version, worker = reader.value(), reader.value()
+        kinds = [type(reader.value()) for _ in range(4)]
     except _REFUSED as error:
         raise WireError(f"not msgpack of a batch: {type(error).__name__} {error}") from error
-    return "rhizome" if type(version) is int and type(worker) is str else "foreign"
+    return "rhizome" if kinds == [int, str, int, int] else "foreign"
 
 
 def _batch(reader: _Reader) -> ForeignBatch:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from kv_events import wire
+from kv_events.bus.zmq_frames import goodbye
 from kv_events.events import BlockStored, EventBatch
 from kv_events.foreign.dialects import (
     ForeignBatch,
@@ -235,7 +236,7 @@ def test_extra_keys_in_other_forms() -> None:
 
 
 def test_our_own_batches_are_told_from_theirs() -> None:
-    """By the version and the name behind the third element; read as theirs they say the same."""
+    """By what is behind the third element; read as theirs they say the same."""
     hashes = np.array([1, 2], dtype=np.uint64)
     ours = EventBatch("w0", 1, 0, (BlockStored(hashes, 7, 2),), bytes(16), 1.5)
     for positional in (False, True):
@@ -244,7 +245,9 @@ def test_our_own_batches_are_told_from_theirs() -> None:
         assert [plain(event) for event in decode_foreign(payload).events] == [
             ForeignStored((1, 2), 7, (), 2)  # type: ignore[arg-type]
         ]
+    assert dialect_of(goodbye(1, 2)) == "rhizome"
     assert dialect_of(msgpack.packb([1.5, [], 0, "a", "later", "shape", "of", "theirs"])) == "foreign"
+    assert dialect_of(msgpack.packb([1.5, [], 0, 1, "of", "theirs", 3])) == "foreign"
     for payload in (b"", b"\xc1", b"\x01", b"\xa5hello", b"\x98\x01", b"\x98" + b"\xc0" * 3):
         with pytest.raises(wire.WireError):
             dialect_of(payload)
