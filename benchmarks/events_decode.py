@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from time import perf_counter_ns
 
 import msgpack
@@ -10,11 +10,12 @@ import numpy as np
 
 from benchmarks.events_peer import Payload, PeerEvents
 from benchmarks.events_plan import BATCH_BLOCKS, Bench
-from benchmarks.index_plan import OURS, PEER, Samples
+from benchmarks.index_plan import OURS, PEER, Samples, size
 from benchmarks.measure import in_turn
 from benchmarks.report import Row
 from benchmarks.workload import BLOCK_SIZE, Run, chain_at, stores
 from kv_events import wire
+from kv_events.columns import changes_of
 from kv_events.events import BlockRemoved, BlockStored, Event
 from kv_events.foreign.dialects import decode_foreign
 from kv_events.foreign.mapper import KeyMapper
@@ -22,8 +23,10 @@ from kv_events.log import EventLog
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.keys import ROOT_HASH
+from radix.tree import PrefixTree
 
 SESSION_BLOCKS = 64
+FILLED_FROM = 1_000_000  # sessions beside those that are measured
 GOAL = 3.0
 KINDS = ("store", "remove")
 
@@ -32,10 +35,10 @@ Feed = Callable[[Sequence[Payload]], int]
 
 def decode_rows(bench: Bench) -> list[Row]:
     """Our own payloads, into a bare tree and into views that prove it; both sides in turn, round by round."""
-    feeds: dict[str, dict[str, Feed]] = {"tree": {OURS: _OurTree().feed}, "view": {OURS: _OurViews(bench).feed}}
+    feeds: dict[str, dict[str, Feed]] = {"tree": {OURS: _OurTree(bench).feed}, "view": {OURS: _OurViews(bench).feed}}
     peers = {}
     if bench.peer_name:
-        peers = {"tree": PeerEvents(), "view": PeerEvents(), "all": PeerEvents()}
+        peers = {into: _filled_peer(bench) for into in ("tree", "view", "all")}
         feeds["tree"][PEER] = peers["tree"].feed
         feeds["view"][PEER] = peers["view"].feed
     whole = _OurViews(bench).feed
@@ -47,8 +50,9 @@ def decode_rows(bench: Bench) -> list[Row]:
         if bench.peer_name:
             _add(samples, f"{kind} all", OURS, whole(payloads), len(payloads))
             _add(samples, f"{kind} all", PEER, peers["all"].feed_all(payloads, tokens=False), len(payloads))
+    filled = f"{size(bench.plan.decode_filled * SESSION_BLOCKS)} blocks of as many other workers"
     notes = {
-        "tree": "wire form to tree; the peer: msgspec's structs, then its tree, its JSON not timed",
+        "tree": f"wire form to tree, {filled} in it; the peer: msgspec's structs, then its tree, its JSON not timed",
         "view": "with order, epochs and the digest after each batch, which the peer does not check",
         "all": "the same; the peer's JSON made from the structs and timed",
     }
@@ -118,6 +122,26 @@ def _rounds(bench: Bench, peer: PeerEvents | None) -> list[tuple[str, int, list[
     return rounds
 
 
+def _filler(bench: Bench) -> Iterator[Run]:
+    """Sessions that stay: the trees are as large as a fleet makes them."""
+    for session in range(FILLED_FROM, FILLED_FROM + bench.plan.decode_filled):
+        yield Run(bench.plan.workers + session % bench.plan.workers, ROOT_HASH, chain_at(session, SESSION_BLOCKS))
+
+
+def _filled(bench: Bench) -> PrefixTree:
+    tree = make_tree()
+    for run in _filler(bench):
+        tree.store(run.worker, run.hashes, run.parent)
+    return tree
+
+
+def _filled_peer(bench: Bench) -> PeerEvents:
+    peer = PeerEvents()
+    for run in _filler(bench):
+        peer.index.tree.apply_event(run.worker, peer.stored(run.hashes, run.parent))
+    return peer
+
+
 def _add(samples: dict[tuple[str, str], Samples], what: str, side: str, took_ns: int, batches: int) -> None:
     for unit, each in (("batches/s", 1), ("M blocks/s", BATCH_BLOCKS / 1e6)):
         samples.setdefault((what, unit), Samples()).add(side, batches * each * 1e9 / took_ns)
@@ -132,13 +156,11 @@ def _rows(bench: Bench, what: str, samples: dict[tuple[str, str], Samples], goal
 
 
 class _OurTree:
-    def __init__(self) -> None:
-        self._tree = make_tree()
+    def __init__(self, bench: Bench) -> None:
+        self._tree = _filled(bench)
 
     def feed(self, payloads: Sequence[Payload]) -> int:
         """Nanoseconds for all."""
-        from kv_events.columns import changes_of
-
         decode, apply = wire.decode, self._tree.apply
         start = perf_counter_ns()
         for worker, data, _ in payloads:
@@ -148,7 +170,7 @@ class _OurTree:
 
 class _OurViews:
     def __init__(self, bench: Bench) -> None:
-        tree = make_tree()
+        tree = _filled(bench)
         self._views = [WorkerView(f"worker-{worker}", worker, tree) for worker in range(bench.plan.workers)]
 
     def feed(self, payloads: Sequence[Payload]) -> int:

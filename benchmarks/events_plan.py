@@ -21,6 +21,7 @@ class Plan:
     workers: int = 64
     decode_rounds: int = 15
     decode_sessions: int = 512  # of 64 blocks, in each round
+    decode_filled: int = 15_625  # sessions that are in the trees throughout
     foreign_sessions: int = 64
 
     transports: tuple[str, ...] = TRANSPORTS
@@ -41,6 +42,7 @@ FULL = Plan()
 QUICK = Plan(
     decode_rounds=5,
     decode_sessions=256,
+    decode_filled=2_000,
     foreign_sessions=32,
     flood_rounds=2,
     flood_s=0.4,

@@ -23,6 +23,7 @@ TINY = Plan(
     workers=4,
     decode_rounds=2,
     decode_sessions=4,
+    decode_filled=4,
     foreign_sessions=2,
     transports=("memory", "grpc", "redis"),
     flood_rounds=1,
