@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import grpc
 import typer
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
@@ -211,10 +210,21 @@ def main() -> None:
         if not str(error).startswith(CORE_SWITCH):
             raise
         sys.exit(_fail(str(error), 2))
-    except grpc.RpcError as error:
-        sys.exit(_fail(f"{error.code().name}: {error.details()}", 1))
     except KeyboardInterrupt:
         sys.exit(130)
+    except Exception as error:
+        if _is(error, "grpc", "RpcError"):
+            code = error.code().name  # type: ignore[attr-defined]
+            sys.exit(_fail(f"{code}: {error.details()}", 2 if code in BAD_INPUT else 1))  # type: ignore[attr-defined]
+        if _is(error, "kv_events.wire", "WireError"):
+            sys.exit(_fail(str(error), 1))
+        raise
+
+
+def _is(error: Exception, module: str, name: str) -> bool:
+    """Whether it is an error of a module, which is not imported for that: --help has to be quick."""
+    loaded = sys.modules.get(module)
+    return loaded is not None and isinstance(error, getattr(loaded, name))
 
 
 def _fail(message: str, code: int) -> int:

@@ -7,16 +7,62 @@ import math
 import signal
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import aclosing, asynccontextmanager, suppress
 
 from deploy.events.targets import Targets
-from deploy.events.top_model import WatchedSource
-from kv_events.bus import EventConsumer
+from kv_events.bus import EventConsumer, EventSource
 from kv_events.bus.follow import follow
+from kv_events.events import EventBatch, Snapshot
 from rhizome.errors import InvalidRequest, Unavailable
 
 REFRESH_S = 1.0
 """How often a router is asked who is there."""
+
+STEADY_S = 1.0
+"""A subscription that has lasted for so long is taken to work, though nothing came."""
+
+
+class WatchedSource:
+    """An EventSource that remembers what went wrong with it."""
+
+    def __init__(self, source: EventSource) -> None:
+        self._source = source
+        self._error = ""
+        self._since_s = float("inf")  # of the subscription that runs
+
+    @property
+    def problem(self) -> str:
+        """Why nothing comes; empty while it works."""
+        return "" if time.monotonic() - self._since_s > STEADY_S else self._error
+
+    async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
+        """See EventSource."""
+        self._since_s = time.monotonic()
+        try:
+            async with aclosing(self._source.subscribe(epoch, from_seq)) as batches:
+                async for batch in batches:
+                    self._error = ""
+                    yield batch
+            self._error = "the worker ended its stream"
+        except Exception as error:
+            self._error = str(error)
+            raise
+        finally:
+            self._since_s = float("inf")
+
+    async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
+        """See EventSource."""
+        return await self._source.replay(epoch, from_seq)
+
+    async def snapshot(self) -> Snapshot:
+        """See EventSource."""
+        try:
+            snapshot = await self._source.snapshot()
+        except Exception as error:
+            self._error = str(error)
+            raise
+        self._error = ""
+        return snapshot
 
 
 class Following:
@@ -29,7 +75,7 @@ class Following:
         self._consumers: dict[str, EventConsumer] = {}
         self._sources: dict[str, WatchedSource] = {}
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}  # by name and URL
-        self._router_problem = ""
+        self.router_problem = ""  # why the router did not say who is there
         self._refreshed_s = -math.inf
 
     @property
@@ -37,7 +83,12 @@ class Following:
         """What keeps streams from being read now."""
         told = [f"{name}: {source.problem}" for name, source in self._sources.items() if source.problem]
         opened = [f"{name}: {problem}" for name, problem in self._targets.problems.items()]
-        return [*([self._router_problem] if self._router_problem else []), *opened, *told]
+        return [*([self.router_problem] if self.router_problem else []), *opened, *told]
+
+    def problem_of(self, name: str) -> str:
+        """What keeps one stream from being read now; empty while it works."""
+        source = self._sources.get(name)
+        return source.problem if source else ""
 
     @property
     def reached(self) -> bool:
@@ -53,9 +104,9 @@ class Following:
             return
         try:
             await self._targets.refresh()
-            self._router_problem = ""
+            self.router_problem = ""
         except Unavailable as error:
-            self._router_problem = str(error)
+            self.router_problem = str(error)
         self._refreshed_s = time.monotonic()
         present = {(stream.name, stream.url): stream for stream in self._targets.streams}
         await self._end([key for key in self._tasks if key not in present])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -75,11 +74,6 @@ def clock_text(time_s: float) -> str:
         return datetime.fromtimestamp(time_s).astimezone().strftime("%H:%M:%S.%f")[:-3]
     except (ValueError, OverflowError, OSError):
         return f"{time_s:g} s"
-
-
-def leave_closed_pipe() -> None:
-    """The reader of our output has gone: say nothing more, not even while the interpreter ends."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[list[tuple[str, str]]]:

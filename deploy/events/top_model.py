@@ -5,21 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncGenerator, AsyncIterator, Collection, Iterable, Sequence
-from contextlib import aclosing, asynccontextmanager
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
+from deploy.events.following import Following, wall_clock_ns
 from deploy.events.targets import Stream, Targets, open_targets
-from kv_events.bus import EventSource
-from kv_events.bus.follow import follow
-from kv_events.events import EventBatch, Snapshot
 from kv_events.inspect.forest import Forest
 from kv_events.inspect.observer import Observer, StreamReport
 from kv_events.inspect.tree_cut import TreeCut, cut_forest
 from kv_events.inspect.words import KeyRange
 from kv_events.wire import WireError
 from radix.tree import HotPrefix
-from rhizome.errors import InvalidRequest, RhizomeError
+from rhizome.errors import InvalidRequest
 from rhizome.v1.fleet_pb2 import WorkerRole
 
 PREFIXES = 50
@@ -27,9 +25,6 @@ PREFIXES = 50
 
 SHARE_WINDOW_S = 10.0
 """Over which the share of prompt tokens is taken that came from the cache."""
-
-STEADY_S = 1.0
-"""A subscription that has lasted for so long is taken to work, though nothing came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,57 +102,14 @@ class ShareWindow:
         return last - first, last_cached - first_cached
 
 
-class WatchedSource:
-    """An EventSource that remembers what went wrong with it."""
-
-    def __init__(self, source: EventSource) -> None:
-        self._source = source
-        self._error = ""
-        self._since_s = float("inf")  # of the subscription that runs
-
-    @property
-    def problem(self) -> str:
-        """Why nothing comes; empty while it works."""
-        return "" if time.monotonic() - self._since_s > STEADY_S else self._error
-
-    async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
-        """See EventSource."""
-        self._since_s = time.monotonic()
-        try:
-            async with aclosing(self._source.subscribe(epoch, from_seq)) as batches:
-                async for batch in batches:
-                    self._error = ""
-                    yield batch
-            self._error = "the worker ended its stream"
-        except Exception as error:
-            self._error = str(error)
-            raise
-        finally:
-            self._since_s = float("inf")
-
-    async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
-        """See EventSource."""
-        return await self._source.replay(epoch, from_seq)
-
-    async def snapshot(self) -> Snapshot:
-        """See EventSource."""
-        try:
-            snapshot = await self._source.snapshot()
-        except Exception as error:
-            self._error = str(error)
-            raise
-        self._error = ""
-        return snapshot
-
-
 class TopModel:
     """Follows all streams of a target, and asks its router, if it has one. `look` tells what there is to see."""
 
     def __init__(self, targets: Targets) -> None:
         self._targets = targets
         self._observer = Observer()
-        self._sources: dict[str, WatchedSource] = {}
-        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}  # by name and URL
+        clock = wall_clock_ns()
+        self._followed = Following(targets, lambda name: self._observer.consumer(name, lambda: clock() / 1e9))
         self._shares: dict[str, ShareWindow] = {}
         self._hottest: list[HotPrefix] = []
         self._large: list[PrefixRow] = []
@@ -165,8 +117,9 @@ class TopModel:
 
     async def look(self) -> Picture:
         """Everything as of now. What is wrong with a worker or the router is told, not raised."""
-        problem = await self._ask_router()
-        await self._follow_all()
+        await self._followed.refresh()
+        problem = self._followed.router_problem or await self._ask_router()
+        self._forget_those_who_left()
         now_s = time.time()
         rows = [self._row(stream, now_s) for stream in self._targets.streams]
         known = self._targets.router is not None
@@ -184,7 +137,7 @@ class TopModel:
 
     async def close(self) -> None:
         """Follow nobody any more."""
-        await self._end(list(self._tasks))
+        await self._followed.close()
 
     # Who is there.
 
@@ -194,38 +147,26 @@ class TopModel:
 
         if self._targets.router is None:
             return ""
+        now_s = time.monotonic()
+        for name, entry in self._targets.entries.items():
+            if entry.HasField("status"):  # the worker has reported
+                window = self._shares.setdefault(name, ShareWindow())
+                window.add(now_s, entry.status.prompt_tokens, entry.status.cached_prompt_tokens)
         try:
-            await self._targets.refresh()
             self._hottest = await self._targets.router.hottest(PREFIXES)
-        except (RhizomeError, WireError) as error:
+        except WireError as error:
             return str(error)
         except grpc.aio.AioRpcError as error:
             return f"{error.code().name}: {error.details()}"
-        now_s = time.monotonic()
-        for name, entry in self._targets.entries.items():
-            window = self._shares.setdefault(name, ShareWindow())
-            window.add(now_s, entry.status.prompt_tokens, entry.status.cached_prompt_tokens)
         return ""
 
-    async def _follow_all(self) -> None:
-        present = {(stream.name, stream.url): stream for stream in self._targets.streams}
-        await self._end([key for key in self._tasks if key not in present])
-        for name in self._sources.keys() - {name for name, _ in present}:
-            del self._sources[name]
+    def _forget_those_who_left(self) -> None:
+        """What they held is held no more."""
+        present = {stream.name for stream in self._targets.streams}
+        for name in set(self._observer.names) - present:
             self._shares.pop(name, None)
             if view := self._observer.view(name):
-                view.forget()  # it left: what it held is held no more
-        for key, stream in present.items():
-            if key not in self._tasks:
-                source = self._sources[stream.name] = WatchedSource(stream.source)
-                consumer = self._observer.consumer(stream.name, time.time)
-                self._tasks[key] = asyncio.create_task(follow(source, consumer, name=stream.name))
-
-    async def _end(self, keys: Sequence[tuple[str, str]]) -> None:
-        tasks = [self._tasks.pop(key) for key in keys]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
+                view.forget()
 
     # Rows.
 
@@ -248,7 +189,7 @@ class TopModel:
         )
 
     def _state(self, name: str, report: StreamReport) -> str:
-        if problem := self._sources[name].problem:
+        if problem := self._followed.problem_of(name):
             return problem
         entry = self._targets.entries.get(name)
         if entry and entry.draining:

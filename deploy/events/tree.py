@@ -12,6 +12,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from deploy.events.progress import progress_bar
 from deploy.events.show import Output
 from deploy.events.targets import Targets, open_targets, unavailable
 from kv_events.inspect.observer import Observer
@@ -97,15 +98,11 @@ async def _router_tree(targets: Targets) -> NamedTree:
 
 
 def _played(path: Path, names: Collection[str]) -> NamedTree:
-    from rich.console import Console
-    from rich.progress import Progress
-
     observer = Observer(window_s=None)
-    with RecordingReader(path) as reader, Progress(console=Console(stderr=True), transient=True) as progress:
-        task = progress.add_task("reading", total=reader.size_bytes)
+    with RecordingReader(path) as reader, progress_bar("reading", reader.size_bytes) as advance:
         for record in reader.records(names):
             observer.play(record)
-            progress.update(task, completed=record.offset)
+            advance(record.offset)
     wrong = [report.name for report in observer.reports(time.time()) if not report.synced]
     left_out = [f"{name}: the recording does not add up to what this worker held" for name in wrong]
     return NamedTree(observer.tree, observer.names, left_out=left_out)
