@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
 from typing import Any
 
@@ -11,7 +11,7 @@ import grpc
 import numpy as np
 
 from kv_events import wire
-from kv_events.bus.memory import tail
+from kv_events.bus.memory import READ_BATCHES, pages
 from kv_events.events import EventBatch, Snapshot
 from kv_events.log import EventLog, LoggedBatch
 from radix.digest import DIGEST_BYTES
@@ -23,6 +23,7 @@ from rhizome.v1.worker_pb2_grpc import KvEventsStub
 SNAPSHOT_CHUNK_BLOCKS = 2**16  # 1 MiB
 MAX_SNAPSHOT_BLOCKS = 2**24  # 256 MiB; a GPU of 192 GB holds about 2^17 blocks of 16 tokens of a small model
 MAX_REPLAY_BATCHES = 2**16  # a log keeps some thousands
+FRAME_BYTES = 2**18  # of payloads in a message (one at least): what a slow reader keeps its worker from letting go
 CALL_TIMEOUT_S = 30.0  # for a replay or a snapshot, whole
 
 _HASH_BYTES = 8
@@ -47,19 +48,21 @@ class KvEventsService:
 
     async def subscribe(self, request: pb.SubscribeRequest, context: rpc.Context) -> None:
         """The kept batches from a sequence number on, then live ones."""
-        async with aclosing(tail(self._log, request.epoch, request.from_seq)) as entries:
-            async for entry in entries:
-                await context.write(_frame(entry))
+        async with aclosing(pages(self._log, request.epoch, request.from_seq)) as read:
+            async for entries in read:
+                for frame in _frames(entries):
+                    await context.write(frame)
 
     async def replay(self, request: pb.ReplayRequest, context: rpc.Context) -> None:
         """The kept batches from a sequence number to the newest."""
         self._log.check_epoch(request.epoch)
         seq, end = request.from_seq, max(request.from_seq, self._log.next_seq)
-        entries = self._log.read(seq, 1)
+        entries = self._log.read(seq, READ_BATCHES)
         while entries and seq < end:
-            await context.write(_frame(entries[0]))
-            seq += 1
-            entries = self._log.read(seq, 1)
+            for frame in _frames(entries):
+                await context.write(frame)
+            seq += len(entries)
+            entries = self._log.read(seq, READ_BATCHES)
 
     async def snapshot(self, request: pb.SnapshotRequest, context: rpc.Context) -> None:
         """Every block held."""
@@ -88,8 +91,16 @@ async def publish(log: EventLog, host: str, port: int) -> AsyncIterator[int]:
         await server.stop(grace=None)
 
 
-def _frame(entry: LoggedBatch) -> bytes:
-    return pb.EventFrame(seq=entry.batch.seq, payload=entry.payload).SerializeToString()
+def _frames(entries: Sequence[LoggedBatch]) -> Iterator[bytes]:
+    """Messages that hold these batches: many each, as one costs a hundred times what a batch does."""
+    seq, payloads, size_bytes = entries[0].batch.seq, list[bytes](), 0
+    for entry in entries:
+        if payloads and size_bytes + len(entry.payload) > FRAME_BYTES:
+            yield pb.EventFrame(seq=seq, payload=payloads[0], more=payloads[1:]).SerializeToString()
+            seq, payloads, size_bytes = entry.batch.seq, [], 0
+        payloads.append(entry.payload)
+        size_bytes += len(entry.payload)
+    yield pb.EventFrame(seq=seq, payload=payloads[0], more=payloads[1:]).SerializeToString()
 
 
 def _chunks(snapshot: Snapshot) -> Iterator[pb.SnapshotChunk]:
@@ -131,6 +142,8 @@ class GrpcEventSource:
             with _translated():
                 async for frame in call:
                     yield wire.decode(frame.payload)
+                    for payload in frame.more:
+                        yield wire.decode(payload)
         finally:
             call.cancel()
 
@@ -140,9 +153,10 @@ class GrpcEventSource:
         try:
             with _translated():
                 async for frame in call:
-                    if len(batches) == MAX_REPLAY_BATCHES:
+                    if len(batches) + 1 + len(frame.more) > MAX_REPLAY_BATCHES:
                         raise wire.WireError(f"the replay holds more than {MAX_REPLAY_BATCHES} batches")
                     batches.append(wire.decode(frame.payload))
+                    batches += map(wire.decode, frame.more)
         finally:
             call.cancel()
         return batches

@@ -126,7 +126,17 @@ def published(log: EventLog, name: str) -> Iterator[None]:
 async def tail(
     log: EventLog, epoch: int, from_seq: int, publication: Publication | None = None
 ) -> AsyncGenerator[LoggedBatch, None]:
-    """What `log` keeps from `from_seq` on, then what is appended, until it is closed.
+    """What `log` keeps from `from_seq` on, then what is appended, until it is closed. Raises like `pages`."""
+    async with aclosing(pages(log, epoch, from_seq, publication)) as read:
+        async for entries in read:
+            for entry in entries:
+                yield entry
+
+
+async def pages(
+    log: EventLog, epoch: int, from_seq: int, publication: Publication | None = None
+) -> AsyncGenerator[list[LoggedBatch], None]:
+    """The same, as much at a time as is there: 1 to READ_BATCHES.
 
     Raises Conflict for another epoch or a position that the log has not reached, Trimmed when batches that were not
     read yet are gone, Unavailable when the log's publication is withdrawn. Nothing is queued: however slow the reader,
@@ -142,8 +152,8 @@ async def tail(
             if publication is not None and publication.withdrawn and not closed:
                 raise Unavailable(f"{log.worker}: its events are not published any more")
             entries = log.read(from_seq, READ_BATCHES)
-            for entry in entries:
-                yield entry
+            if entries:
+                yield entries
             from_seq += len(entries)
             if len(entries) == READ_BATCHES:
                 await asyncio.sleep(0)  # far behind, or the engine is faster: other tasks want the loop, too
