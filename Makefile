@@ -78,6 +78,15 @@ sanitize: install
 fuzz: install
 	tests/native/fuzz.sh $(BIN)/python $(FUZZ_SECONDS)
 
+# Every reader of bytes from afar, coverage-guided (atheris): so many inputs in all. build/fuzz-events keeps what was
+# learned, and the input of a finding.
+FUZZ_RUNS ?= 200000
+.PHONY: fuzz-events
+fuzz-events: native
+	@$(BIN)/python -c 'import atheris' 2>/dev/null || \
+		$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,fuzz]'
+	RHIZOME_RADIX=native $(BIN)/python -m tests.fuzz --runs $(FUZZ_RUNS)
+
 # ARGS='--quick', ARGS='--json FILE'. The peer and the plots come with the extra "bench".
 .PHONY: bench-index
 bench-index: native
