@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, Snapshot, UnknownEvent, tier_of
 from kv_events.wire import DecodedEvents
@@ -19,14 +22,19 @@ def changes_of(events: Sequence[Event]) -> Changes:
     if isinstance(events, DecodedEvents):
         return events.changes
     rows = [_row(event) for event in events if not isinstance(event, UnknownEvent)]
-    hashes = [row[3] for row in rows]
+    kinds, tiers, parents, hashes = zip(*rows, strict=True) if rows else ((), (), (), ())
     return Changes(
-        kinds=np.array([row[0] for row in rows], dtype=np.uint8),
-        tiers=np.array([row[1] for row in rows], dtype=np.uint8),
-        parents=np.array([row[2] for row in rows], dtype=np.uint64),
-        ends=np.cumsum([len(each) for each in hashes], dtype=np.uint32),
-        hashes=np.concatenate([_NO_BLOCKS, *hashes]),
+        kinds=_column(kinds, np.uint8),
+        tiers=_column(tiers, np.uint8),
+        parents=_column(parents, np.uint64),
+        ends=_column([*accumulate(map(len, hashes))], np.uint32),
+        hashes=hashes[0] if len(hashes) == 1 else np.concatenate([_NO_BLOCKS, *hashes]),
     )
+
+
+def _column(values: Sequence[int], dtype: type[Any]) -> NDArray[Any]:
+    """(fromiter takes half of the time of array.)"""
+    return np.fromiter(values, dtype, len(values))
 
 
 def _row(event: BlockStored | BlockRemoved | AllBlocksCleared) -> tuple[int, int, int, Hashes]:
