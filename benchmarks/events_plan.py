@@ -29,6 +29,8 @@ class Plan:
     flood_s: float = 1.0
     paced_s: float = 5.0
 
+    settle_s: float = 0.3  # before a clock starts: what is under way arrives
+
     append_batches: int = 20_000
     stalled: tuple[int, ...] = (0, 1, 3)
     steps: int = 300

@@ -71,13 +71,13 @@ def _redis_row(bench: Bench, state: str) -> Row:
         with process(_steps, url, cores=bench.other_cores) as (_, connection):
             answer(connection)
             if state == "stopped":
-                time.sleep(0.5)  # it has begun to publish
+                time.sleep(bench.plan.settle_s)  # it has begun to publish
                 os.kill(pid, signal.SIGSTOP)
             return _row(bench, f"publish redis {state}", connection)
 
 
 def _row(bench: Bench, what: str, connection: Connection, readers: int = 0) -> Row:
-    connection.send((bench.plan.steps, readers))
+    connection.send((bench.plan.steps, readers, bench.plan.settle_s))
     times_us, whole_us = answer(connection)
     samples = Samples()
     for each in times_us:
@@ -89,8 +89,8 @@ def _row(bench: Bench, what: str, connection: Connection, readers: int = 0) -> R
 
 
 def _steps(connection: Connection, url: str) -> None:
-    """A worker's process: says where it publishes. Told (steps, readers), it does so many steps beside so many stalled
-    readers in this very process, and answers how long each step's append took."""
+    """A worker's process: says where it publishes. Told (steps, readers, settle_s), it does so many steps beside so
+    many stalled readers in this very process, and answers how long each step's append took."""
     logging.getLogger("kv_events").setLevel(logging.CRITICAL)  # that Redis is dead is known
 
     async def serve() -> None:
@@ -102,23 +102,23 @@ def _steps(connection: Connection, url: str) -> None:
             connection.send(where)
             while True:
                 try:
-                    steps, readers = await asyncio.to_thread(connection.recv)
+                    steps, readers, settle_s = await asyncio.to_thread(connection.recv)
                 except EOFError:
                     return
                 for _ in range(readers - log.subscribers):
                     source = await stack.enter_async_context(open_source(where))
                     batches = await stack.enter_async_context(aclosing(source.subscribe(0, log.first_seq)))
                     await anext(batches)
-                connection.send(await asyncio.to_thread(_run, engine, steps))
+                connection.send(await asyncio.to_thread(_run, engine, steps, settle_s))
 
     asyncio.run(serve())
 
 
-def _run(engine: Engine, steps: int) -> tuple[list[float], float]:
+def _run(engine: Engine, steps: int, settle_s: float) -> tuple[list[float], float]:
     """Microseconds of each step's append, and of the process's CPU a step."""
     for _ in range(BEHIND):
         engine.step()
-    time.sleep(0.5)  # what can be sent is sent
+    time.sleep(settle_s)  # what can be sent is sent
     times_us = []
     start = time.process_time()
     for _ in range(steps):

@@ -25,7 +25,6 @@ from radix import make_tree
 
 AHEAD = 2048  # batches that a worker may be ahead of the router: half of what its log keeps
 PACED_SHARE = 0.1
-WARM_UP_S = 0.3
 
 NOTES = {
     "memory": "one process: the router's loop and the engine's thread share a core, and nothing is encoded",
@@ -86,10 +85,10 @@ async def _measure(bench: Bench, url: str) -> tuple[Samples, list[float], int]:
         view = TimedView(applied)
         following = asyncio.create_task(follow(source, view))
         try:
-            await _until(view, await tell(WARM_UP_S, 100.0))
+            await _until(view, await tell(plan.settle_s, 100.0))
             for _ in range(plan.flood_rounds):
-                flooding = asyncio.create_task(tell(WARM_UP_S + plan.flood_s, None))
-                await asyncio.sleep(WARM_UP_S)
+                flooding = asyncio.create_task(tell(plan.settle_s + plan.flood_s, None))
+                await asyncio.sleep(plan.settle_s)
                 start, before = time.monotonic(), view.counts.applied
                 await asyncio.sleep(0.9 * plan.flood_s)
                 rates.add(OURS, (view.counts.applied - before) / (time.monotonic() - start))

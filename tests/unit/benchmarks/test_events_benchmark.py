@@ -29,6 +29,7 @@ TINY = Plan(
     flood_rounds=1,
     flood_s=0.1,
     paced_s=0.05,
+    settle_s=0.02,
     append_batches=200,
     stalled=(0, 1),
     steps=3,
