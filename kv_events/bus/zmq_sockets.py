@@ -32,6 +32,10 @@ MAX_SOCKETS = 65_535  # of a router of many workers, two each; libzmq's own defa
 
 FAIR_MESSAGES = 32  # received before other tasks get the loop
 
+# As plain integers: pyzmq's flags are enums, and joining them costs more than sending.
+_NOWAIT = int(zmq.NOBLOCK)
+_NOWAIT_MORE = int(zmq.NOBLOCK) | int(zmq.SNDMORE)
+
 _context: tuple[int, zmq.Context[Any]] | None = None
 _context_lock = threading.Lock()
 
@@ -78,6 +82,8 @@ class LoopSocket:
         self._loop = asyncio.get_running_loop()
         self._changed = asyncio.Event()
         self._received = 0
+        self._awaited = 0  # the events that the task which waits wants
+        self._looking = False
         self._fd = cast(int, self.raw.get(zmq.FD))
         self._loop.add_reader(self._fd, self._on_readable)
 
@@ -90,10 +96,15 @@ class LoopSocket:
         """To a publisher, now or once it is there, and again whenever the connection is lost."""
         self.raw.connect(f"tcp://{f'[{host}]' if ':' in host else host}:{port}")
 
+    def _look(self) -> None:
+        self._looking = False
+        if not self.raw.closed and self._events() & self._awaited:
+            self._changed.set()
+
     def take(self) -> list[bytes] | None:
         """The next message, if one is here."""
         try:
-            return self.raw.recv_multipart(zmq.NOBLOCK)
+            return self.raw.recv_multipart(_NOWAIT)
         except zmq.Again:
             return None
 
@@ -116,13 +127,15 @@ class LoopSocket:
 
         Raises zmq.ZMQError when (ROUTER) the peer has left.
         """
+        if not self._looking:  # sending may take the descriptor's sign from the task that waits for it
+            self._looking = True
+            self._loop.call_soon(self._look)
         try:
-            self.raw.send_multipart(frames, zmq.NOBLOCK)
-        except zmq.Again:
+            for frame in frames[:-1]:
+                self.raw.send(frame, _NOWAIT_MORE)
+            self.raw.send(frames[-1], _NOWAIT)
+        except zmq.Again:  # at the first frame, or not at all (zmq_msg_send(3))
             return False
-        finally:
-            if self._events() & zmq.POLLIN:  # sending may have taken the descriptor's sign of it
-                self._changed.set()
         return True
 
     async def send_within(self, frames: list[bytes], timeout_s: float) -> bool:
@@ -138,6 +151,7 @@ class LoopSocket:
     async def _change(self, wanted: int) -> None:
         """Until something may have become of what is wanted."""
         self._changed.clear()
+        self._awaited = wanted
         if not self._events() & wanted:
             await self._changed.wait()
 
