@@ -14,6 +14,7 @@ from kv_events import wire
 from kv_events.bus.memory import READ_BATCHES, pages
 from kv_events.events import EventBatch, Snapshot
 from kv_events.log import EventLog, LoggedBatch
+from kv_events.snapshot_bytes import MAX_SNAPSHOT_BLOCKS
 from radix.digest import DIGEST_BYTES
 from rhizome import rpc
 from rhizome.errors import Conflict, InvalidRequest, Trimmed, Unavailable
@@ -21,7 +22,6 @@ from rhizome.v1 import worker_pb2 as pb
 from rhizome.v1.worker_pb2_grpc import KvEventsStub
 
 SNAPSHOT_CHUNK_BLOCKS = 2**16  # 1 MiB
-MAX_SNAPSHOT_BLOCKS = 2**24  # 256 MiB; a GPU of 192 GB holds about 2^17 blocks of 16 tokens of a small model
 MAX_REPLAY_BATCHES = 2**16  # a log keeps some thousands
 FRAME_BYTES = 2**18  # of payloads in a message (one at least): what a slow reader keeps its worker from letting go
 CALL_TIMEOUT_S = 30.0  # for a replay or a snapshot, whole

@@ -6,11 +6,11 @@ import asyncio
 import struct
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
+from typing import TYPE_CHECKING
 
 import msgpack
 import zmq
 
-from kv_events.bus import EventSource
 from kv_events.bus import zmq_frames as frames
 from kv_events.bus.url import BusUrl
 from kv_events.bus.zmq import ZmqEventSource
@@ -18,6 +18,9 @@ from kv_events.bus.zmq_sockets import LoopSocket, asker, subscriber
 from kv_events.events import EventBatch, Snapshot
 from kv_events.wire import WireError
 from rhizome.errors import Unavailable
+
+if TYPE_CHECKING:
+    from kv_events.bus.foreign_zmq import ForeignZmqSource
 
 TELL_S = 3.0
 """For the first answer or message. Servers look at their replay socket every 0.1 s; ours answers at once."""
@@ -32,10 +35,10 @@ class DialectSource:
         """`bus` is a zmq:// URL, `secret` the fleet's. Nothing is reached yet."""
         self._bus = bus
         self._secret = secret
-        self._source: EventSource | None = None
+        self._source: ZmqEventSource | ForeignZmqSource | None = None
         self._telling = asyncio.Lock()
 
-    async def source(self) -> EventSource:
+    async def source(self) -> ZmqEventSource | ForeignZmqSource:
         """A ZmqEventSource or a ForeignZmqSource. Raises Unavailable when nobody is there to tell which."""
         async with self._telling:
             if self._source is None:
@@ -63,7 +66,7 @@ class DialectSource:
         if isinstance(self._source, ZmqEventSource):
             self._source.close()
         elif self._source is not None:
-            await self._source.close()  # type: ignore[attr-defined]
+            await self._source.close()
 
 
 async def is_ours(bus: BusUrl) -> bool:

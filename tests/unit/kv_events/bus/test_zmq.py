@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from kv_events.bus.zmq_publisher import ZmqPublisher
 from kv_events.events import BlockStored
 from kv_events.log import EventLog
 from kv_events.wire import WireError
-from rhizome.errors import Unavailable
+from rhizome.errors import Trimmed, Unavailable
 
 PATIENCE_S = 60.0
 
@@ -87,6 +88,46 @@ def test_what_the_pub_socket_loses_is_replayed(lost: set[int]) -> None:
                     append(log, block)
                 received += [await anext(batches) for _ in range(5)]
                 assert [batch.seq for batch in received] == list(range(8))
+
+    run(test())
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_whatever_is_lost_a_subscription_has_no_hole(seed: int) -> None:
+    """A log that is appended to in bursts and keeps little, a PUB socket that drops at random, readers from anywhere:
+    each gets every batch from its position on to the goodbye, or Trimmed, and then nothing was skipped before it."""
+    chance = random.Random(seed)
+
+    async def read(source: EventSource, first: int) -> None:
+        seqs: list[int] = []
+        trimmed = False
+        try:
+            async with aclosing(source.subscribe(5, first)) as batches:
+                async for batch in batches:
+                    seqs.append(batch.seq)
+                    if chance.random() < 0.02:
+                        await asyncio.sleep(chance.random() * 0.01)
+        except Trimmed:
+            trimmed = True
+        assert seqs == list(range(first, first + len(seqs)))
+        assert trimmed or first + len(seqs) == 1_500, f"seed {seed}"
+
+    async def test() -> None:
+        log = some_log(30, capacity=chance.choice([40, 400, 4_000]))
+        loss = chance.choice([0.01, 0.3, 1.0])
+        publisher = Dropping(log)
+        publisher.drops = lambda _: chance.random() < loss  # type: ignore[method-assign]
+        async with served(publisher) as bus:
+            sources = [ZmqEventSource(bus) for _ in range(3)]
+            readers = [asyncio.create_task(read(source, chance.randint(0, 30))) for source in sources]
+            while log.next_seq < 1_500:
+                for _ in range(min(chance.choice([1, 5, 100]), 1_500 - log.next_seq)):
+                    append(log, log.next_seq + 1)
+                await asyncio.sleep(chance.choice([0, 0.001, 0.003]))
+            log.close()
+            await asyncio.gather(*readers)
+            for source in sources:
+                source.close()
 
     run(test())
 
