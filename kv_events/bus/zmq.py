@@ -181,9 +181,7 @@ class ZmqEventSource:
     async def _page(self, epoch: int, seq: int) -> tuple[frames.Answer, list[bytes]]:
         return await self._ask(frames.ReplayRequest(epoch, seq))
 
-    async def _ask(
-        self, request: frames.Request, patience_s: float | None = None
-    ) -> tuple[frames.Answer, list[bytes]]:
+    async def _ask(self, request: frames.Request, patience_s: float | None = None) -> tuple[frames.Answer, list[bytes]]:
         """The answer, when it is none of an error. Raises Unavailable when there is none in time, Conflict, Trimmed."""
         async with self._lock:
             if self._closed:
