@@ -77,6 +77,13 @@ def router(
     max_blocks_per_worker: Annotated[
         int | None, typer.Option(help="cap of the index: blocks of one worker [default: 17 million]")
     ] = None,
+    observe: Annotated[
+        list[str],
+        typer.Option(
+            help="NAME=URL of a server whose KV events are indexed and that gets no requests, such as "
+            "vllm-0=zmq://127.0.0.1:5557?model=MODEL&block_size=16; may be repeated"
+        ),
+    ] = [],  # noqa: B006
     insecure: Insecure = False,
     supervised: Supervised = False,
 ) -> None:
@@ -87,7 +94,9 @@ def router(
 
     caps = {"max_blocks": max_blocks, "max_blocks_per_worker": max_blocks_per_worker}
     given: dict[str, Any] = {name: value for name, value in caps.items() if value is not None}
-    serving = running_router(host, port, policy=policy, secret=fleet_secret(), insecure=insecure, **given)
+    serving = running_router(
+        host, port, policy=policy, secret=fleet_secret(), observe=observe, insecure=insecure, **given
+    )
     asyncio.run(serve_until_stopped(serving, supervised=supervised))
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from kv_events.view import WorkerView
 from radix.keys import Hashes
 from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
-from rhizome.errors import Overloaded, Unavailable
+from rhizome.errors import Conflict, InvalidRequest, Overloaded, Unavailable
 from router.fleet import LEASE_S, Fleet, Member, ModelCard, Role, WorkerInfo, WorkerReport
 from router.index import Index
 from router.load import Load, Reservation
-from router.policy import Candidate, Decision, PredictedTtft, find_policy
+from router.policy import Candidate, Decision, Overlap, PredictedTtft, find_policy
 from router.timing import PRIOR, StepCosts, WorkerTiming, average, steps_of
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
@@ -70,6 +70,9 @@ class Router:
         self.index = Index(max_blocks, max_blocks_per_worker)
         self.load = Load()
         self.predictions = PredictionCounts()
+        self.observed: dict[
+            str, str
+        ] = {}  # workers that are indexed and get no requests -> where their events are read
         self._timings: dict[str, WorkerTiming] = {}
         self._priors: dict[str, StepCosts] = {}  # by model: what its workers have shown, as of the latest expire
         self._validate = validate
@@ -79,8 +82,10 @@ class Router:
     def register(self, info: WorkerInfo, now: float) -> bool:
         """Give a worker its lease; true when it is new here, or a new incarnation: whatever was kept of it is gone.
 
-        A new one serves after set_ready. Raises what Fleet.register raises.
+        A new one serves after set_ready. Raises what Fleet.register raises, and Conflict for an observed worker's id.
         """
+        if info.worker_id in self.observed:
+            raise Conflict(f"worker {info.worker_id}: a worker of this name is observed here, and does not join")
         fresh = self.fleet.register(info, now)
         if fresh:
             self._forget(info.worker_id)
@@ -136,8 +141,18 @@ class Router:
         if member is not None:
             member.unreachable = True
 
+    def observe(self, worker_id: str, events_url: str) -> None:
+        """Index a worker that does not register: it gets a view, and no requests. Raises InvalidRequest for a name that
+        is taken."""
+        if worker_id in self.observed or self.fleet.find(worker_id):
+            raise InvalidRequest("observe", worker_id, "a name that no other worker has")
+        self.observed[worker_id] = events_url
+        self.index.add(worker_id)
+        self._checked()
+
     def view(self, worker_id: str) -> WorkerView:
-        """The consumer of a registered worker's events. Not to be fed after the worker was dropped or replaced."""
+        """The consumer of a registered or observed worker's events. Not to be fed once the worker was dropped or
+        replaced."""
         return self.index.view(worker_id)
 
     def _forget(self, worker_id: str) -> None:
@@ -177,7 +192,12 @@ class Router:
     def explain(self, request: RouteRequest) -> Decision:
         """What route would decide; reserves nothing. Raises the same, Duplicate apart."""
         policy = find_policy(request.policy) if request.policy else self._policy
-        candidates = self._candidates(request, self._able(self.fleet.card(request.model).name))
+        depths = {} if request.bypass_prefix_cache else self.index.match(request.hashes)
+        card = self.fleet.card(request.model)
+        candidates = [
+            self._candidate(request.prompt_tokens, member, depths.get(member.info.worker_id, 0))
+            for member in self._able(card.name)
+        ]
         room = [candidate for candidate in candidates if candidate.in_flight < candidate.max_in_flight]
         if not room:
             raise _all_full(candidates)
@@ -194,6 +214,10 @@ class Router:
             f"{request.prompt_tokens} prompt tokens cached; {why}",
             prompt_tokens=request.prompt_tokens,
             candidates=(chosen, *others),
+            observed=tuple(
+                Overlap(worker_id, _cached_tokens(request.prompt_tokens, depths.get(worker_id, 0), card.block_size))
+                for worker_id in self.observed
+            ),
         )
 
     def first_token(self, request_id: str, now: float) -> None:
@@ -224,17 +248,10 @@ class Router:
             )
         return able
 
-    def _candidates(self, request: RouteRequest, members: Sequence[Member]) -> list[Candidate]:
-        depths = {} if request.bypass_prefix_cache else self.index.match(request.hashes)
-        return [
-            self._candidate(request.prompt_tokens, member, depths.get(member.info.worker_id, 0)) for member in members
-        ]
-
     def _candidate(self, prompt_tokens: int, member: Member, depth: int) -> Candidate:
         info, load, timing = member.info, self.load.of(member.info.worker_id), self._timings[member.info.worker_id]
         costs = timing.costs if timing.measured else self._prior(info)
-        # The last token is computed in any case, and blocks are reused whole.
-        cached = min(depth, (prompt_tokens - 1) // info.model.block_size) * info.model.block_size
+        cached = _cached_tokens(prompt_tokens, depth, info.model.block_size)
         prefill, queued, budget = prompt_tokens - cached, load.queued_prefill_tokens, info.max_batched_tokens
         return Candidate(
             worker_id=info.worker_id,
@@ -271,7 +288,13 @@ class Router:
         names = [member.info.worker_id for member in self.fleet.members()]
         assert sorted(self._timings) == sorted(names)
         self.load.check(names)
-        self.index.check(names)
+        self.index.check([*names, *self.observed])
+
+
+def _cached_tokens(prompt_tokens: int, depth: int, block_size: int) -> int:
+    """Of a prompt whose first `depth` blocks are held: the last token is computed in any case, and blocks are reused
+    whole."""
+    return min(depth, (prompt_tokens - 1) // block_size) * block_size
 
 
 def _takes_requests(member: Member) -> bool:

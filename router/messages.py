@@ -8,8 +8,9 @@ from functools import lru_cache
 
 import numpy as np
 
+from kv_events.view import WorkerView
 from radix.hashing import BlockHasher, derive_salt
-from radix.keys import Tokens, hashes_of
+from radix.keys import Hashes, Tokens, hashes_of
 from rhizome import validate
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
@@ -148,6 +149,36 @@ def worker_entry(member: Member, now: float) -> router_pb2.WorkerEntry:
         counters = {name: getattr(member.report, name) for name in _COUNTERS}
         entry.status.CopyFrom(worker_pb2.WorkerStatus(worker_id=info.worker_id, epoch=info.epoch, **counters))
     return entry
+
+
+def observed_entry(worker_id: str, events_url: str) -> router_pb2.WorkerEntry:
+    """A worker that is indexed and did not register; its index is the caller's to add."""
+    return router_pb2.WorkerEntry(worker_id=worker_id, role=fleet_pb2.WORKER_ROLE_OBSERVED, events_url=events_url)
+
+
+def add_index(entry: router_pb2.WorkerEntry, view: WorkerView, blocks: int) -> None:
+    """Fill in what the index knows of a worker: its view, which has so many blocks."""
+    counts = view.counts
+    entry.indexed_blocks = blocks
+    entry.index_digest = view.digest
+    entry.next_event_seq = view.position()[1]
+    entry.index_synced = view.synced
+    entry.resyncs = counts.resyncs
+    entry.events_applied = counts.applied
+    entry.events_duplicate = counts.duplicates
+    entry.events_stale = counts.stale
+    entry.event_gaps = counts.gaps
+    entry.digest_mismatches = counts.mismatches
+    entry.events_malformed = counts.malformed
+
+
+def explanation_message(decision: Decision, hashes: Hashes) -> router_pb2.Decision:
+    """A decision with the prompt's block hashes, and who else holds how much of it."""
+    message = decision_message(decision)
+    message.block_hashes = hashes.astype("<u8", copy=False).tobytes()
+    for overlap in decision.observed:
+        message.observed.add(worker_id=overlap.worker_id, cached_tokens=overlap.cached_tokens)
+    return message
 
 
 def decision_message(decision: Decision) -> router_pb2.Decision:

@@ -36,6 +36,14 @@ class Candidate:
 
 
 @dataclass(frozen=True, slots=True)
+class Overlap:
+    """What a worker that gets no requests holds of a prompt."""
+
+    worker_id: str
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Where a request goes, why, and what the other candidates would have meant (the chosen one is the first)."""
 
@@ -47,6 +55,7 @@ class Decision:
     reason: str
     prompt_tokens: int
     candidates: tuple[Candidate, ...]
+    observed: tuple[Overlap, ...] = ()
 
 
 class Policy(Protocol):

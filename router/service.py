@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import NoReturn
 
@@ -18,7 +18,18 @@ from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import Router
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
 from router.links import Links, WorkerLink, check_events_url
-from router.messages import PreparedRequest, decision_message, prepare, worker_entry, worker_info, worker_report
+from router.messages import (
+    PreparedRequest,
+    add_index,
+    decision_message,
+    explanation_message,
+    observed_entry,
+    prepare,
+    worker_entry,
+    worker_info,
+    worker_report,
+)
+from router.observed import observing, parse_observed
 from router.policy import Decision, PredictedTtft
 from router.whole_tree import TreeSender
 
@@ -102,37 +113,33 @@ class RouterService:
     async def explain(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> router_pb2.Decision:
         """What route would decide."""
         prepared = await self._prepare(request, streamed=False)
-        return decision_message(self._router.explain(prepared.route))
+        return explanation_message(self._router.explain(prepared.route), prepared.route.hashes)
 
     async def list_workers(
         self, request: router_pb2.ListWorkersRequest, context: rpc.Context
     ) -> router_pb2.ListWorkersResponse:
-        """Every registered worker, with what this router knows of it."""
+        """Every registered and every observed worker, with what this router knows of it."""
         response = router_pb2.ListWorkersResponse()
-        now = time.monotonic()
+        now, tree = time.monotonic(), self._router.index.tree
         for member in self._router.fleet.members():
             entry = worker_entry(member, now)
             view = self._router.view(entry.worker_id)
             entry.in_flight = len(self._router.load.of(entry.worker_id).reservations)
-            entry.indexed_blocks = self._router.index.tree.count(view.worker_index)
-            entry.index_digest = view.digest
-            entry.next_event_seq = view.position()[1]
-            entry.index_synced = view.synced
-            entry.resyncs = view.counts.resyncs
-            entry.events_applied = view.counts.applied
-            entry.events_duplicate = view.counts.duplicates
-            entry.events_stale = view.counts.stale
-            entry.event_gaps = view.counts.gaps
-            entry.digest_mismatches = view.counts.mismatches
-            entry.events_malformed = view.counts.malformed
+            add_index(entry, view, tree.count(view.worker_index))
+            response.workers.append(entry)
+        for worker_id, events_url in self._router.observed.items():
+            entry, view = observed_entry(worker_id, events_url), self._router.view(worker_id)
+            add_index(entry, view, tree.count(view.worker_index))
             response.workers.append(entry)
         return response
 
     async def get_index(self, request: router_pb2.GetIndexRequest, context: rpc.Context) -> None:
         """The blocks of one worker or all, in chunks; at least one chunk a worker. Raises NotServed."""
         fleet, index = self._router.fleet, self._router.index
-        members = [fleet.get(request.worker_id)] if request.worker_id else fleet.members()
-        views = [self._router.view(member.info.worker_id) for member in members]
+        names = [*(member.info.worker_id for member in fleet.members()), *self._router.observed]
+        if request.worker_id:
+            names = [request.worker_id if request.worker_id in names else fleet.get(request.worker_id).info.worker_id]
+        views = [self._router.view(name) for name in names]
         # All of it at one moment: while chunks are written, events go on.
         held = [(view, view.position()[0], view.digest, index.tree.blocks(view.worker_index)) for view in views]
         for view, epoch, digest, blocks in held:
@@ -295,18 +302,20 @@ async def running_router(
     lease_s: float = LEASE_S,
     max_blocks: int = DEFAULT_MAX_BLOCKS,
     max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
+    observe: Sequence[str] = (),
     validate: bool = False,
 ) -> AsyncIterator[str]:
     """A serving router; yields its host:port (port 0: a free one).
 
     Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use, caps of the
-    index out of range. With `secret` only workers that sign their registration join. `validate` checks the
-    core's invariants all the time, for tests.
+    index out of range, `observe` that is not NAME=URL. With `secret` only workers that sign their registration join.
+    Servers to observe are indexed and get no requests. `validate` checks the core's invariants all the time, for tests.
     """
     rpc.check_bind_host(host, insecure=insecure)
     for field, cap in (("max_blocks", max_blocks), ("max_blocks_per_worker", max_blocks_per_worker)):
         if not 1 <= cap <= LARGEST_MAX_BLOCKS:
             raise InvalidRequest(field, cap, f"1 to {LARGEST_MAX_BLOCKS}")
+    observed = [parse_observed(each) for each in observe]
     router = Router(
         policy=policy,
         lease_s=lease_s,
@@ -321,7 +330,10 @@ async def running_router(
     )
     expiry = asyncio.create_task(_expire(router, links))
     try:
-        async with rpc.serving(server, host, port, ("rhizome.v1.Router", "rhizome.v1.Fleet")) as address:
+        async with (
+            observing(router, observed, secret),
+            rpc.serving(server, host, port, ("rhizome.v1.Router", "rhizome.v1.Fleet")) as address,
+        ):
             yield address
     finally:
         expiry.cancel()

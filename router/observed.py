@@ -1,0 +1,73 @@
+"""Servers whose KV events a router indexes and to which it routes nothing: vLLM, SGLang, or another fleet's workers.
+
+What they hold is in the tree, in the lists of workers and in explanations. Serving through them needs their serving
+protocol, which no router speaks yet.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+
+from kv_events.bus.follow import follow
+from kv_events.bus.redis_stream import without_login
+from kv_events.bus.url import BusUrl, open_source, parse_bus_url
+from rhizome.errors import InvalidRequest
+from rhizome.validate import check_name
+from router.core import Router
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """A server to observe: what it is called here, and where its events are read."""
+
+    worker_id: str
+    bus: BusUrl
+
+
+def parse_observed(text: str) -> Observed:
+    """Of NAME=URL. Raises InvalidRequest.
+
+    A zmq URL that names a model and a block size gives a foreign server's blocks the fleet's keys; without them its
+    blocks are indexed under its own hashes, which no prompt of the fleet's has.
+    """
+    name, separator, url = text.partition("=")
+    if not separator:
+        raise InvalidRequest("observe", text, "NAME=URL, as in vllm-0=zmq://10.0.0.5:5557?model=MODEL&block_size=16")
+    check_name("observe", name)
+    bus = parse_bus_url(url)
+    if bus.scheme == "zmq" and not bus.worker:
+        bus = replace(bus, worker=name)
+    return Observed(name, bus)
+
+
+@asynccontextmanager
+async def observing(router: Router, servers: Sequence[Observed], secret: bytes) -> AsyncIterator[None]:
+    """Keep the router's index in step with all `servers` until left. Raises InvalidRequest for a name given twice."""
+    for server in servers:
+        router.observe(server.worker_id, str(without_login(server.bus)))
+    tasks = [asyncio.create_task(_follow(router, server, secret)) for server in servers]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def _follow(router: Router, server: Observed, secret: bytes) -> None:
+    view = router.view(server.worker_id)
+    while True:
+        try:
+            async with open_source(server.bus, secret=secret) as source:
+                await follow(source, view, name=server.worker_id)
+        except Exception:  # a defect here must not leave a server without its index for good
+            logger.exception("observed worker %s: following its events failed", server.worker_id)
+            await asyncio.sleep(RETRY_S)
