@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeAlias
 
 from deploy.events.targets import Stream, Targets
 from kv_events.bus import EventSource
-from kv_events.events import EventBatch
+from kv_events.events import EventBatch, Snapshot
 from kv_events.wire import WireError
 from rhizome.errors import Conflict, InvalidRequest, RhizomeError, Trimmed, Unavailable
 
@@ -18,6 +18,8 @@ FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 2.0
 REFRESH_S = 1.0
 """How often a router is asked who is there."""
+
+STATE_TRIES = 3
 
 MAX_WAITING = 256
 """Batches that were read and not taken yet, of all streams: a slow taker holds the streams up, and they trim."""
@@ -53,10 +55,22 @@ class Position(NamedTuple):
 Start: TypeAlias = Callable[[EventSource], Awaitable[Position]]
 
 
+async def state(source: EventSource) -> tuple[Snapshot, list[EventBatch]]:
+    """A snapshot, and what came after it: a bus may keep one that is older than now. Raises as EventSource does."""
+    for tries_left in reversed(range(STATE_TRIES)):
+        snapshot = await source.snapshot()
+        try:
+            return snapshot, await source.replay(snapshot.epoch, snapshot.next_seq)
+        except (Trimmed, Conflict):  # a newer snapshot has taken its place
+            if not tries_left:
+                raise
+    raise AssertionError("unreachable")
+
+
 async def live(source: EventSource) -> Position:
     """Where the stream stands now. Raises as EventSource does."""
-    snapshot = await source.snapshot()
-    return Position(snapshot.epoch, snapshot.next_seq)
+    snapshot, since = await state(source)
+    return Position(snapshot.epoch, snapshot.next_seq + len(since))
 
 
 def from_seq(seq: int) -> Start:
@@ -73,17 +87,17 @@ def from_seq(seq: int) -> Start:
 
 async def oldest_kept(source: EventSource, gone: int = -1) -> Position:
     """The oldest batch that is kept, after one that is not; by bisection. Raises as EventSource does."""
-    snapshot = await source.snapshot()
-    low, high = gone, snapshot.next_seq
+    now = await live(source)
+    low, high = gone, now.seq
     while low + 1 < high:
         middle = (low + high) // 2
         try:
-            async with aclosing(source.subscribe(snapshot.epoch, middle)) as batches:
+            async with aclosing(source.subscribe(now.epoch, middle)) as batches:
                 await anext(batches)
             high = middle
         except (Trimmed, StopAsyncIteration):
             low = middle
-    return Position(snapshot.epoch, high)
+    return Position(now.epoch, high)
 
 
 async def kept(source: EventSource, seq: int) -> list[EventBatch]:

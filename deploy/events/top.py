@@ -21,8 +21,10 @@ from deploy.events.show import STYLES
 from deploy.events.top_model import Picture, PrefixRow, WorkerRow, watching
 from deploy.events.top_tables import (
     BY_AMOUNT,
+    BY_BLOCKS,
     HOT_COLUMNS,
     LARGE_COLUMNS,
+    STREAM_COLUMNS,
     WORKER_COLUMNS,
     LiveTable,
     holders_of,
@@ -132,7 +134,7 @@ class TopApp(App[None]):
         """Totals, workers, prefixes, keys."""
         yield Static("", id="totals", markup=False)
         yield Static("", id="problem", markup=False)
-        yield LiveTable[WorkerRow](WORKER_COLUMNS, 1, lambda row: row.name, id="workers")
+        yield LiveTable[WorkerRow](WORKER_COLUMNS, BY_BLOCKS, lambda row: row.name, id="workers")
         yield Static("", id="caption", classes="caption", markup=False)
         yield LiveTable[PrefixRow](HOT_COLUMNS, BY_AMOUNT, lambda row: key_text(row.block_hash), id="prefixes")
         yield Footer()
@@ -153,7 +155,9 @@ class TopApp(App[None]):
     async def _show(self, picture: Picture) -> None:
         self._picture = picture
         base = self.screen_stack[0]
-        base.query_one("#workers", LiveTable).show(picture.workers)
+        workers = base.query_one("#workers", LiveTable)
+        workers.set_columns(WORKER_COLUMNS if picture.by_hits else STREAM_COLUMNS, BY_BLOCKS)
+        workers.show(picture.workers)
         prefixes = base.query_one("#prefixes", LiveTable)
         prefixes.set_columns(HOT_COLUMNS if picture.by_hits else LARGE_COLUMNS, BY_AMOUNT)
         prefixes.show(picture.prefixes)

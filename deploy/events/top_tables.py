@@ -95,6 +95,7 @@ class LiveTable(DataTable[Text], Generic[Row]):
         self.clear()
         for place, column in enumerate(self.ordered_columns):
             column.label = self._label(place)
+            column.content_width = column.label.cell_len  # of the rows that were there it may have been more
         for row in rows:
             self.add_row(*(column.cell(row) for column in self._columns_shown), key=self._key(row))
         keys = [self._key(row) for row in rows]
@@ -162,7 +163,10 @@ _HELD_BY: Column[PrefixRow] = Column(
 _HITS: Column[PrefixRow] = Column("hits", lambda row: _number(f"{row.hits:,}"), lambda row: row.hits)
 _BELOW: Column[PrefixRow] = Column("below", lambda row: _number(f"{row.below:,}"), lambda row: row.below)
 
+STREAM_COLUMNS = tuple(column for column in WORKER_COLUMNS if column.heading not in ("hit share", "in flight"))
+"""What is known without a router."""
+
 HOT_COLUMNS = (_UP_TO, _DEPTH, _HITS, _HOLDERS, _HELD_BY)
 LARGE_COLUMNS = (_UP_TO, _DEPTH, _BELOW, _HOLDERS, _HELD_BY)
-BY_AMOUNT = 2
-"""The column of hits, or of blocks below, among them."""
+BY_BLOCKS, BY_AMOUNT = 1, 2
+"""The columns that they are sorted by at first: of blocks among the former, of hits or blocks below among these."""

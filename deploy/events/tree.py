@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from deploy.events.progress import progress_bar
+from deploy.events.reading import state
 from deploy.events.show import Output
 from deploy.events.targets import Targets, open_targets, unavailable
 from kv_events.inspect.observer import Observer
@@ -77,11 +78,14 @@ async def read_tree(targets: Targets) -> NamedTree:
     names: list[str] = []
     found = NamedTree(make_tree(), names)
     for stream in targets.streams:
-        snapshot = await stream.source.snapshot()
+        snapshot, since = await state(stream.source)
         view = WorkerView(snapshot.worker, len(names), found.tree)
         names.append(snapshot.worker)
-        if not await asyncio.to_thread(view.restore, snapshot):
-            found.left_out.append(f"{snapshot.worker}: its snapshot does not verify and is left out")
+        await asyncio.to_thread(view.restore, snapshot)
+        for batch in since:
+            view.offer(batch)
+        if not view.synced:
+            found.left_out.append(f"{snapshot.worker}: what it says it holds does not add up")
     return found
 
 

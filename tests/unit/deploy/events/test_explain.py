@@ -67,7 +67,7 @@ def test_text_is_the_same_for_people(capsys: pytest.CaptureFixture[str]) -> None
     assert lines[0] == f"prompt   {len(PROMPT)} tokens, {len(KEYS)} full blocks of 16"
     assert lines[1] == f"keys     {' '.join(KEYS[:3])} … {KEYS[-1]}"
     assert lines[2].startswith("chosen   worker-0, by predicted-ttft")
-    assert lines[5] == "holds     blocks    tokens  where"
+    assert lines[5] == "holds       blocks  tokens  where"
     assert lines[6] == f"worker-0  12 of {len(KEYS)}     192  12 device"
     assert lines[7] == f"worker-1   6 of {len(KEYS)}      96  6 device, not a candidate"
     assert lines[9].split()[:3] == ["candidate", "cached", "to"]

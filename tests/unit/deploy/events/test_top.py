@@ -231,6 +231,9 @@ def test_without_a_router_large_prefixes_stand_for_hot_ones() -> None:
         assert [row[2] for row in screen.table("prefixes")] == ["800", "700"]
         assert screen.text("caption") == "largest prefixes"
         assert "hit share" not in screen.text("totals")
+        assert [heading.split()[0] for heading in screen.headings("workers")] == [
+            *("worker", "blocks", "growth/s", "stored/s", "removed/s", "lag", "gaps", "state")
+        ]
 
     with_screen(test, plain)
 
