@@ -11,7 +11,6 @@ import numpy as np
 
 from kv_events import wire
 from kv_events.columns import changes_of
-from kv_events.events import EventBatch
 from kv_events.foreign.events import ForeignBatch, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
 from kv_events.foreign.identity import IdentityMapper
 from kv_events.foreign.mapper import KeyMapper
@@ -50,16 +49,17 @@ def play(data: bytes) -> None:
     bounds = {"max_entries": 40, "max_tombstones": 8, "max_waiting": 8} if head & 16 else {}
     mapper = IdentityMapper() if head & 1 else KeyMapper("m", (1, 2, 3, 4)[head >> 1 & 3], **bounds)
     stream = ForeignStream("w0", mapper, 1, max_waiting=4 if head & 32 else 1024)
-    log, tree, seen = stream.log, ReferenceTree(), 0
-    for _ in range(200):
+    logs = [stream.log]
+    for _ in range(100):
         if choices.ended:
             break
         _happen(stream, choices)
-        if stream.log is not log:
-            log, tree, seen = stream.log, ReferenceTree(), 0
-        seen = _follow(log, tree, seen)
-        if isinstance(mapper, KeyMapper):
-            mapper.check()
+        if stream.log is not logs[-1]:
+            logs.append(stream.log)
+    for log in logs[-3:]:
+        _follow(log)
+    if isinstance(mapper, KeyMapper):
+        mapper.check()
 
 
 def _happen(stream: ForeignStream, choices: _Bytes) -> None:
@@ -117,11 +117,9 @@ def _event(choices: _Bytes) -> ForeignEvent:
     return ForeignStored(hashes, above, tokens, size, medium, cache_salt=salt, group_idx=group_idx, spec_kind=kind)
 
 
-def _follow(log: EventLog, tree: ReferenceTree, seen: int) -> int:
-    """Apply what is new in a log to a tree, by way of the wire; the number of the next batch."""
-    for batch in log.since(seen):
-        written = wire.encode(batch)
-        read: EventBatch = wire.decode(written)
-        tree.apply(0, changes_of(read.events))
+def _follow(log: EventLog) -> None:
+    """Apply a log's batches to a tree, by way of the wire."""
+    tree = ReferenceTree()
+    for batch in log.since(0):
+        tree.apply(0, changes_of(wire.decode(wire.encode(batch)).events))
         assert tree.digest(0) == batch.digest
-    return log.next_seq

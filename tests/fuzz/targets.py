@@ -72,7 +72,8 @@ def said(batch: EventBatch) -> Any:
 
 
 def read_foreign(data: bytes) -> None:
-    """kv_events.foreign.dialects: every value is of the type and within the limits that mappers count on."""
+    """kv_events.foreign.dialects: every value is of the type and within the limits that mappers count on; small batches
+    of the common form, which are unpacked at once, say what others of the same bytes would."""
     with suppress(WireError):
         dialects.dialect_of(data)
     with suppress(WireError):
@@ -81,6 +82,7 @@ def read_foreign(data: bytes) -> None:
         assert abs(batch.ts) < float("inf")
         for event in batch.events:
             check_event(event)
+        assert repr(dialects._batch(dialects._Reader(data))) == repr(batch)
 
 
 def check_event(event: dialects.ForeignEvent) -> None:
