@@ -93,8 +93,9 @@ async def _measure(bench: Bench, url: str) -> tuple[Samples, list[float], int]:
                 await asyncio.sleep(0.9 * plan.flood_s)
                 rates.add(OURS, (view.counts.applied - before) / (time.monotonic() - start))
                 await _until(view, await flooding)
-            view.lags_us.clear()
             rate = PACED_SHARE * float(np.median(rates.values[OURS]))
+            await _until(view, await tell(plan.settle_s, rate))  # queues hold duplicates from the floods
+            view.lags_us.clear()
             await _until(view, await tell(plan.paced_s, rate))
             lags = list(view.lags_us)
         finally:
