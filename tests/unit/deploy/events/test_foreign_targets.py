@@ -9,9 +9,12 @@ from typing import Any
 
 import pytest
 
+from deploy.events.explain import ExplainOptions, run_explain
 from deploy.events.tail import TailOptions, run_tail
 from deploy.events.top_model import watching
 from deploy.events.tree import TreeOptions, run_tree
+from tests.support.router_cluster import PROMPT, Cluster, with_cluster
+from tests.support.scripted_worker import MODEL
 from tests.support.vllm_server import VllmServer, removed, stored
 
 
@@ -80,3 +83,28 @@ def test_top(server: VllmServer) -> None:
             await until(lambda picture: [large.depth for large in picture.prefixes] == [6])
 
     asyncio.run(main())
+
+
+def test_an_observed_server_is_one_of_its_routers_workers(capsys: pytest.CaptureFixture[str]) -> None:
+    """Its stream is followed, its blocks are in the tree under the fleet's keys, and a prompt's holders name it."""
+
+    async def test(running: Cluster) -> None:
+        await running.join("worker-0")
+        await running.ready()
+        observed.publish(stored([1, 2, 3], block_size=32) | {"token_ids": PROMPT[:96]})
+        await running.until(lambda entry: entry is not None and entry.indexed_blocks == 6, "vllm-0")
+        router = f"router://{running.address}"
+        await run_explain(ExplainOptions(router, token_ids=PROMPT, as_json=True))
+        await run_tree(TreeOptions(router, form="json"))
+        await run_tail(TailOptions(router, follow=False, as_json=True))
+        async with watching(router) as model:
+            while [row.state for row in (await model.look()).workers] != ["observed", "in step"]:
+                await asyncio.sleep(0.05)
+
+    with VllmServer() as observed:
+        with_cluster(test, observe=[f"vllm-0={observed.url}&model={MODEL}&block_size=16"])
+    explained, tree, event = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    first = explained["holders"][0]
+    assert (first["worker"], first["blocks"], first["candidate"]) == ("vllm-0", 6, False)
+    assert tree["nodes"][0]["first"] == explained["keys"][0] == event["keys"][0]
+    assert (event["worker"], event["blocks"], event["block_size"]) == ("vllm-0", 6, 16)
