@@ -32,14 +32,14 @@ from radix.keys import ROOT_HASH, Hashes
 from radix.tree import DEFAULT_MAX_BLOCKS, PrefixTree
 from rhizome.errors import Conflict, Trimmed
 
-LEAST_STEPS, MOST_STEPS = 20, 100
+LEAST_STEPS, MOST_STEPS = 10, 80
 CALM_ROUNDS = 6  # batches of each worker after the last trouble: an epoch that was only damaged takes three to disprove
 LITTLE_ROOM = 64
 """Entries, where four workers hold up to 48 each: too few for all, and enough for one."""
 
 TREES, DEPTH = 4, 12
 _FOREST = [np.arange(1 + 16 * tree, 1 + 16 * tree + DEPTH, dtype=np.uint64) for tree in range(TREES)]
-_MEDIUMS = ("GPU", "GPU", "GPU", "CPU", "CPU_PINNED", "DISK")
+_MEDIUMS = (*["GPU"] * 10, *["CPU"] * 4, *["DISK"] * 3, "CPU_PINNED")
 
 Message = bytes | Snapshot | Resync  # a batch; the answer to a request; a request on its way to the worker
 REPLAYED = Resync.NONE  # the end of a replay's answer

@@ -50,6 +50,7 @@ def run_all(simulation: Simulation, seeds: range) -> Counter[str]:
     return totals
 
 
+@pytest.mark.timeout(600)  # half a minute of two cores, where nobody else wants them
 def test_views_converge_under_ten_thousand_schedules() -> None:
     """Under any schedule; and the schedules do hold every kind of trouble, most of them thousands of times."""
     totals = run_all(simulate, range(SCHEDULES))
