@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner
 
 from deploy.events import completion
+from deploy.events.cli import events_app
 from deploy.events.completion import complete_target, complete_worker
 from tests.support.router_cluster import Cluster, with_cluster
 
@@ -89,3 +91,14 @@ def test_help_and_completion_import_nothing_heavy() -> None:
     program += f"print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
     assert done.stderr.splitlines()[-1] == "[]"
+
+
+COMMANDS = ["tail", "tree", "explain", "top", "record", "replay", "stats", "verify", "diff", "convert"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_examples(command: str) -> None:
+    """At the end of its help, as they would be typed."""
+    done = CliRunner().invoke(events_app, [command, "--help"])
+    assert done.exit_code == 0
+    assert f"rhizome events {command}" in done.output.partition("Examples:")[2]
