@@ -29,7 +29,8 @@ BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
 EVENTS_HELP = (
     "publish KV events there, too: zmq://HOST:PORT, redis://HOST:PORT/STREAM or grpc://HOST:PORT; port 0 takes a free "
-    "one, {worker} stands for the worker's id; may be repeated, routers read the first [default: the worker's own port]"
+    "one, {worker} stands for the worker's id; zmq://HOST:PORT?dialect=vllm is for Dynamo and other strict readers of "
+    "vLLM's events; may be repeated, routers read the first other one [default: the worker's own port]"
 )
 
 ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]

@@ -119,6 +119,11 @@ class WorkerSettings:
         bus = parse_bus_url(url)
         return replace(bus, host=self.advertise).url if self.advertise and bus.host in WILDCARDS else url
 
+    def read_by_routers(self, urls: list[str]) -> str:
+        """Which of those that are published at to register; empty: routers read at the worker's own port."""
+        ours = [url for url in urls if parse_bus_url(url).dialect != "vllm"]  # that is for others, without digests
+        return self.read_at(ours[0]) if ours else ""
+
 
 @asynccontextmanager
 async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
@@ -142,7 +147,7 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
             _published(engine.event_log, settings) as urls,  # outside, for the end of the log is published, too
             running_server(identity, thread, settings.host, settings.port) as address,
         ):
-            events_url = settings.read_at(urls[0]) if urls else ""
+            events_url = settings.read_by_routers(urls)
             request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role], events_url)
             members = [FleetMember(router, request, identity, thread).run() for router in settings.routers]
             async with _beside(_end_with(thread), *members):

@@ -3,7 +3,7 @@
     [ts, [event, ...], data_parallel_rank, version, worker, epoch, seq, digest]
 
 Events are maps with a "type" (vLLM from 0.24) or, by switch, arrays that begin with it (before); hashes are unsigned
-64-bit integers, a missing parent is nil. Readers of vLLM's shape ignore the elements that follow the third.
+64-bit integers, a missing parent is nil. msgspec, so vLLM's own reader, ignores the elements that follow the third.
 Decoding is strict and bounded: what it accepts it understands, and no input makes it allocate more than a small
 multiple of its own size.
 """
@@ -57,13 +57,17 @@ def fits(events: Sequence[Event]) -> bool:
     )
 
 
-def encode(batch: EventBatch, *, positional: bool = False) -> bytes:
-    """A batch as bytes. Raises WireError when it is over the limits."""
+def encode(batch: EventBatch, *, positional: bool = False, own_fields: bool = True) -> bytes:
+    """A batch as bytes. Raises WireError when it is over the limits.
+
+    Without `own_fields` it ends after the third element, as Dynamo's and other strict readers of vLLM's shape want it;
+    `decode` refuses it then.
+    """
     if not fits(batch.events):
         raise WireError(f"batch {batch.seq} of {batch.worker} is too large to be sent")
     events = [_encode_event(event) for event in batch.events]
     encoded = [list(event.values()) for event in events] if positional else events
-    ours = (VERSION, batch.worker, batch.epoch, batch.seq, batch.digest)
+    ours = (VERSION, batch.worker, batch.epoch, batch.seq, batch.digest) if own_fields else ()
     payload: bytes = msgpack.packb([batch.ts, encoded, 0, *ours])
     if len(payload) > MAX_PAYLOAD_BYTES:  # only names of unknown kinds could do it
         raise WireError(f"batch {batch.seq} of {batch.worker} is too large to be sent")

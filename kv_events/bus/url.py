@@ -5,7 +5,8 @@ grpc://host:port                      a worker's KvEvents service
 zmq://host:port[?option=value&...]    ZeroMQ PUB with a replay socket: our own workers, vLLM, SGLang
     replay=PORT        of the replay socket (default: port + 1)
     topic=PREFIX       read only topics that begin so; published under
-    dialect=auto       or rhizome, vllm, sglang: what is spoken there; auto asks
+    dialect=auto       or rhizome, vllm, sglang: what is spoken there; auto asks. Published with dialect=vllm, batches
+                       end with vllm's own fields: for Dynamo, which refuses longer ones
     worker=NAME        what a foreign server is called (default: as its topic `kv@NAME@MODEL` says, else host:port)
     model=NAME&block_size=N[&adapter=NAME]   give a foreign server's blocks the fleet's keys, in blocks of N tokens
 redis://[user:password@]host[:port][/db]/STREAM      a Redis Stream; rediss:// with TLS

@@ -39,10 +39,13 @@ MAX_RESTARTS = 3  # of a snapshot whose pieces are not kept any more
 @asynccontextmanager
 async def publish(log: EventLog, bus: BusUrl) -> AsyncIterator[str]:
     """Publish `log` until left; yields the URL to read it at. See kv_events.bus.url.publishing."""
-    publisher = ZmqPublisher(log, bus.topic or frames.topic_of(log.worker, bus.model))
+    for_others = bus.dialect in ("vllm", "sglang")
+    topic = bus.topic or frames.topic_of(log.worker, bus.model)
+    publisher = ZmqPublisher(log, topic, for_others=for_others)
     try:
         port, replay_port = await publisher.start(bus.host, bus.port, bus.replay_port)
-        yield BusUrl("zmq", host=bus.host, port=port, replay_port=replay_port, dialect="rhizome").url
+        dialect = "vllm" if for_others else "rhizome"
+        yield BusUrl("zmq", host=bus.host, port=port, replay_port=replay_port, dialect=dialect).url
     finally:
         await publisher.close()
 

@@ -15,9 +15,9 @@ import zmq
 from kv_events.bus import zmq_frames as frames
 from kv_events.bus.memory import tail
 from kv_events.bus.zmq_sockets import QUEUED_MESSAGES, LoopSocket
-from kv_events.log import EventLog
+from kv_events.log import EventLog, LoggedBatch
 from kv_events.snapshot_bytes import encode_snapshot
-from kv_events.wire import WireError
+from kv_events.wire import WireError, encode
 from rhizome.errors import Conflict, InvalidRequest, Trimmed
 
 logger = logging.getLogger(__name__)
@@ -56,9 +56,11 @@ class PublisherCounts:
 class ZmqPublisher:
     """See above. Made and closed in the event loop that it serves from; the engine only ever appends to the log."""
 
-    def __init__(self, log: EventLog, topic: str) -> None:
+    def __init__(self, log: EventLog, topic: str, *, for_others: bool = False) -> None:
+        """`for_others`: batches without our own fields, and no goodbye, for readers that take vLLM's shape strictly."""
         self.counts = PublisherCounts()
         self._log = log
+        self._for_others = for_others
         self._topic = topic.encode()
         self._topics: dict[bytes, None] = {}  # that somebody has subscribed to, oldest first
         self._many_topics = False  # more than are remembered
@@ -115,15 +117,20 @@ class ZmqPublisher:
                     async for entry in entries:
                         seq = entry.batch.seq + 1
                         if self._topics or self._many_topics:
-                            self._live.send([self._topic, frames.number_bytes(entry.batch.seq), entry.payload])
+                            self._live.send([self._topic, *self._numbered(entry)])
                             self.counts.published += 1
                         else:
                             self.counts.skipped += 1
                 break
             except Trimmed:  # the engine was faster than this loop: subscribers see the gap, and ask
                 seq = self._log.next_seq
-        bye = frames.goodbye(self._log.epoch, seq)
-        self._live.send([self._topic, frames.number_bytes(seq), bye])
+        if not self._for_others:
+            bye = frames.goodbye(self._log.epoch, seq)
+            self._live.send([self._topic, frames.number_bytes(seq), bye])
+
+    def _numbered(self, entry: LoggedBatch) -> tuple[bytes, bytes]:
+        payload = encode(entry.batch, own_fields=False) if self._for_others else entry.payload
+        return frames.number_bytes(entry.batch.seq), payload
 
     async def _watch_subscriptions(self) -> None:
         while True:
@@ -202,7 +209,7 @@ class ZmqPublisher:
                     continue  # what was the first is so no longer
                 for entry in entries:
                     seq = entry.batch.seq
-                    await self._press(identity, [b"", self._topic, frames.number_bytes(seq), entry.payload])
+                    await self._press(identity, [b"", self._topic, *self._numbered(entry)])
                 seq += 1
                 await asyncio.sleep(0)
             await self._press(identity, frames.END_OF_REPLAY)

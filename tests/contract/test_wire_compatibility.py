@@ -2,6 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
+import importlib.util
+import json
+import socket
+import subprocess
+import sys
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import msgspec
@@ -9,8 +19,10 @@ import numpy as np
 import pytest
 
 from kv_events import wire
-from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch
+from kv_events.bus.url import parse_bus_url, publishing
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, EventBatch
 from kv_events.foreign.dialects import decode_foreign
+from kv_events.log import EventLog
 from radix.keys import Hashes
 from tests.support.releases import RELEASES, Release
 
@@ -84,6 +96,70 @@ def test_our_own_reader_of_foreign_batches_reads_ours(positional: bool) -> None:
     assert removed[:2] == ((1, 2**63), "CPU")
     ours = wire.decode(payload)
     assert (ours.worker, ours.epoch, ours.seq, ours.digest) == (BATCH.worker, BATCH.epoch, BATCH.seq, BATCH.digest)
+
+
+@contextmanager
+def dynamo_indexer(events: str) -> Iterator[Callable[[list[int]], dict[str, Any]]]:
+    """Dynamo's own indexer, following a PUB socket as worker 1; asks it how many of a prompt's tokens workers hold."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "dynamo.indexer", "--block-size", "4", "--port", str(port), "--threads", "1"]
+    process = subprocess.Popen(
+        [*command, "--workers", f"1={events}"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+
+    def scores(tokens: list[int]) -> dict[str, Any]:
+        asked = json.dumps({"token_ids": tokens, "model_name": "default"}).encode()
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/query", asked, {"content-type": "application/json"})
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return json.load(answer)["scores"]  # type: ignore[no-any-return]
+        except urllib.error.HTTPError as error:
+            error.close()
+            return {}
+        except OSError:  # it is not up yet
+            return {}
+
+    try:
+        yield scores
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.skipif(importlib.util.find_spec("dynamo") is None, reason="needs Dynamo: pip install '.[bench]'")
+def test_dynamos_own_indexer_follows_a_worker() -> None:
+    """It takes batches of exactly three elements, as they are published with dialect=vllm, and finds prompts by the
+    tokens in them; what is removed is gone."""
+    tokens = list(range(100, 112))
+
+    async def test() -> None:
+        log = EventLog("w0", 1, 4)
+        async with publishing(log, "zmq://127.0.0.1:0?dialect=vllm") as url:
+            with dynamo_indexer(f"tcp://{parse_bus_url(url).address}") as scores:
+
+                async def until(wanted: dict[str, Any], *events: Event) -> None:
+                    async with asyncio.timeout(60):
+                        while (found := await asyncio.to_thread(scores, tokens)) != wanted:
+                            log.append(events, 0.0)  # what is sent before it listens is lost
+                            await asyncio.sleep(0.1)
+                    assert found == wanted
+
+                await until({"1": {"0": 12}}, BlockStored(blocks(11, 12, 13), 0, 4, np.array(tokens, np.uint32)))
+                await until({"1": {"0": 8}}, BlockRemoved(blocks(13)))
+
+    asyncio.run(test())
+
+
+@pytest.mark.parametrize("positional", [False, True])
+def test_our_own_fields_can_be_left_out(positional: bool) -> None:
+    """For readers that refuse longer batches: Dynamo's, for one. The rest is the same."""
+    short = wire.encode(BATCH, positional=positional, own_fields=False)
+    whole = wire.encode(BATCH, positional=positional)
+    assert msgspec.msgpack.decode(short) == msgspec.msgpack.decode(whole)[:3]
+    with pytest.raises(wire.WireError):
+        wire.decode(short)
 
 
 def test_a_reader_that_lacks_a_field_refuses() -> None:

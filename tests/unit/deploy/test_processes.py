@@ -69,6 +69,9 @@ def test_a_worker_publishes_under_its_own_name_and_is_read_at_the_advertised_hos
     assert settings.read_at("zmq://0.0.0.0:4711") == "zmq://node-3:4711"
     for url in ("zmq://10.0.0.7:4711", "redis://redis.example:6379/kv:w0"):
         assert settings.read_at(url) == url
+    for_others = "zmq://0.0.0.0:4711?dialect=vllm"
+    assert settings.read_by_routers([for_others, "zmq://0.0.0.0:4713?dialect=rhizome"]).startswith("zmq://node-3:4713")
+    assert settings.read_by_routers([for_others]) == settings.read_by_routers([]) == ""
 
 
 @pytest.mark.parametrize("url", ["zmq://127.0.0.1:5557", "grpc://127.0.0.1:5557", "redis://127.0.0.1/kv"])

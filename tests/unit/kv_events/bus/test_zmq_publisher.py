@@ -178,6 +178,28 @@ def test_the_goodbye_is_a_batch_without_events_to_others() -> None:
     run(test())
 
 
+def test_strict_readers_of_vllms_shape_get_nothing_more() -> None:
+    """With dialect=vllm live and replayed batches have three elements, and no goodbye follows them."""
+
+    async def test() -> None:
+        log = EventLog("w0", 5, 16)
+        async with publishing(log, "zmq://127.0.0.1:0?dialect=vllm") as url:
+            assert parse_bus_url(url).dialect == "vllm"
+            async with consumer(url) as reader:
+                _, _, payload = await reader.subscribed(log)
+                assert [type(each) for each in msgpack.unpackb(payload)] == [float, list, int]
+                *answers, _ = await reader.replay(0)
+                assert len(answers) == log.next_seq
+                for answer in answers:
+                    assert [type(each) for each in msgpack.unpackb(answer[-1])] == [float, list, int]
+                while reader.live.poll(1):
+                    reader.live.recv_multipart()
+                log.close()
+                assert not reader.live.poll(50)
+
+    run(test())
+
+
 MALFORMED = [
     [],
     [b""],
