@@ -63,13 +63,13 @@ def test_a_router_tells_shares_hot_prefixes_and_who_is_there() -> None:
         await running.until(lambda entry: entry is not None and entry.indexed_blocks == held, "worker-1")
         async with watching(f"router://{running.address}") as model:
             await until(model, lambda picture: row(picture, "worker-1").blocks == held)
+            await running.client.explain(token_ids=PROMPT)
+            await until(model, lambda picture: bool(picture.prefixes))
             for prompt, cached in ((100, 10), (300, 160)):
                 first.status.prompt_tokens, first.status.cached_prompt_tokens = prompt, cached
                 await first.heartbeat(running.address)
                 await asyncio.sleep(1.1)  # a router is asked once a second
-                await model.look()
-            await running.client.explain(token_ids=PROMPT)
-            picture = await until(model, lambda picture: bool(picture.prefixes))
+                picture = await model.look()
             assert picture.by_hits
             assert row(picture, "worker-0").hit_share == picture.totals.hit_share == 0.75
             assert row(picture, "worker-1").hit_share is None
