@@ -24,10 +24,11 @@ class LoggedBatch:
 
     __slots__ = ("_payload", "batch", "weight")
 
-    def __init__(self, batch: EventBatch, weight: int) -> None:
+    def __init__(self, batch: EventBatch, weight: int, payload: bytes | None = None) -> None:
+        """`payload`: the wire form, where it is there already."""
         self.batch = batch
         self.weight = weight
-        self._payload: bytes | None = None
+        self._payload = payload
 
     @property
     def payload(self) -> bytes:

@@ -207,15 +207,15 @@ def _tell(output: Output, replayer: Replayer, reader: RecordingReader) -> None:
 
 
 def _as_json(stream: ReplayedStream) -> dict[str, Any]:
-    first = stream.first_difference
+    log, first = stream.log, stream.first_difference
     return {
         "worker": stream.name,
-        "epoch": stream.log.epoch if stream.log else 0,
-        "next_seq": stream.log.next_seq if stream.log else 0,
-        "blocks": len(stream.log) if stream.log else 0,
+        "epoch": 0 if log is None else log.epoch,
+        "next_seq": 0 if log is None else log.next_seq,
+        "blocks": 0 if log is None else len(log),
         "batches": stream.batches,
         "logs": stream.logs,
-        "digest": stream.log.digest.hex() if stream.log else EMPTY_DIGEST.hex(),
+        "digest": (EMPTY_DIGEST if log is None else log.digest).hex(),
         "recorded_digest": stream.recorded_digest.hex(),
         "equal": stream.equal,
         "differences": stream.differences,

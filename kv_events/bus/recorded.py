@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections import deque
 from collections.abc import AsyncGenerator, Iterator
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
-
-from kv_events.cursor import Apply, EventCursor
-from kv_events.events import BlockStored, EventBatch, Snapshot
-from kv_events.inspect.recording import Record, RecordingReader, RecordKind
-from radix.digest import EMPTY_DIGEST
+from kv_events.events import EventBatch, Snapshot
+from kv_events.inspect.recording import Record, RecordingReader
+from kv_events.inspect.replay import Replayer, ReplayLog
 from rhizome.errors import Conflict, Trimmed, Unavailable
 
 MAX_REPLAY_BATCHES = 2**16  # a log keeps some thousands
@@ -33,8 +29,8 @@ def recorded_sources(path: Path) -> dict[str, RecordedSource]:
 class RecordedSource:
     """One stream of a recording as a kv_events.bus.EventSource: its batches in order, each once.
 
-    A subscription ends with the recording. Where batches are missing that the recorder did not get either, it raises
-    Trimmed, and snapshot() gives the snapshot that the recorder took then: they come in the order of the recording.
+    It is read as far as somebody asks. A subscription ends with the recording; where the worker started anew, or the
+    recorder lost batches and took a snapshot, it raises Trimmed, and goes on from the snapshot that is taken then.
     """
 
     def __init__(self, path: Path, worker: str) -> None:
@@ -45,7 +41,7 @@ class RecordedSource:
     async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
         """See EventSource. Reads on from where the last snapshot or batch stands, or anew from anywhere else."""
         stream = self._stream
-        if stream is None or stream.position != (epoch, from_seq):
+        if stream is None or not stream.began or stream.position != (epoch, from_seq):
             stream = self._stream = _Stream(self._path, self._worker)
             stream.seek(epoch, from_seq)
         for count, batch in enumerate(stream.batches()):
@@ -54,7 +50,7 @@ class RecordedSource:
             yield batch
 
     async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
-        """See EventSource. At most MAX_REPLAY_BATCHES, up to where the recorder lost some."""
+        """See EventSource. At most MAX_REPLAY_BATCHES, up to a restart or a loss."""
         stream = _Stream(self._path, self._worker)
         stream.seek(epoch, from_seq)
         batches: list[EventBatch] = []
@@ -66,10 +62,10 @@ class RecordedSource:
         return batches
 
     async def snapshot(self) -> Snapshot:
-        """The next one of the recording. Raises Unavailable when there is none."""
+        """What the worker held where the stream was read to. Raises Unavailable where nothing is recorded of it."""
         if self._stream is None:
             self._stream = _Stream(self._path, self._worker)
-        return self._stream.next_snapshot()
+        return self._stream.snapshot()
 
 
 class _Stream:
@@ -78,89 +74,76 @@ class _Stream:
     def __init__(self, path: Path, worker: str) -> None:
         self._worker = worker
         self._records = _records(path, worker)
-        self._cursor = EventCursor()
-        self._ready: deque[EventBatch] = deque()  # what one record brought: MAX_WAITING batches at most
-        self._snapshot: Snapshot | None = None  # what next_snapshot() gives
+        self._replayer = Replayer()
+        self._log: ReplayLog | None = None  # that is read; the replayer may have begun another
+        self._seq = 0  # of the next batch to read
+
+    @property
+    def began(self) -> bool:
+        """Whether anything was read."""
+        return self._log is not None
 
     @property
     def position(self) -> tuple[int, int]:
         """Of the next batch; (0, 0) before anything was read."""
-        if self._ready:
-            return self._ready[0].epoch, self._ready[0].seq
-        return self._cursor.position
+        return (0, 0) if self._log is None else (self._log.epoch, self._seq)
 
     def batches(self) -> Iterator[EventBatch]:
         """From the position to the recording's end. Raises Trimmed where a snapshot is needed."""
+        assert self._log is not None, "a snapshot or a seek comes first"
         while True:
-            while self._ready:
-                yield self._ready.popleft()
-            record = next(self._records, None)
-            if record is None:
+            if self._replayed is not self._log:
+                raise Trimmed(f"{self._worker}: batch {self._seq} of epoch {self._log.epoch} was not recorded")
+            for entry in self._log.read(self._seq, self._log.next_seq - self._seq):
+                self._seq += 1
+                yield entry.batch
+            if not self._advance():
                 return
-            if record.kind is RecordKind.BATCH:
-                self._take(record.batch())
-            elif record.kind is RecordKind.SNAPSHOT and self._leads_on(snapshot := record.snapshot()):
-                self._snapshot = snapshot
-                raise Trimmed(f"{self._worker}: what came before batch {snapshot.next_seq} was not recorded")
 
     def seek(self, epoch: int, from_seq: int) -> None:
         """Go to a batch, over whatever comes before; epoch 0 is the first one. Raises Trimmed where it was not recorded
         and later ones were, Conflict where the recording does not get there."""
-        for record in self._records:
-            if record.kind is RecordKind.BATCH:
-                self._take(record.batch())
-            elif record.kind is RecordKind.SNAPSHOT and self._leads_on(snapshot := record.snapshot()):
-                self._restored(snapshot)
-            epoch = epoch or self.position[0]
-            while self._ready and self.position < (epoch, from_seq):
-                self._ready.popleft()
-            if self.position >= (epoch, from_seq):
+        while True:
+            log = self._replayed
+            epoch = epoch or (0 if log is None else log.epoch)
+            if log is not None and (log.epoch, log.next_seq) >= (epoch, from_seq):
                 break
-        self._check(epoch, from_seq)
+            if not self._advance():
+                raise Conflict(f"{self._worker}: batch {from_seq} of epoch {epoch} was asked for, it is not recorded")
+        if log.epoch != epoch or from_seq < log.first_seq:
+            raise Trimmed(f"{self._worker}: batch {from_seq} of epoch {epoch} was asked for, later ones were recorded")
+        self._log, self._seq = log, from_seq
 
-    def next_snapshot(self) -> Snapshot:
-        """The one that is due, or the next in the recording; that of nothing where a worker begins."""
-        snapshot, self._snapshot = self._snapshot, None
-        while snapshot is None:
-            record = next(self._records, None)
-            if record is None:
-                raise Unavailable(f"{self._worker}: the recording holds no further snapshot")
-            if record.kind is RecordKind.SNAPSHOT:
-                snapshot = record.snapshot()
-            elif record.kind is RecordKind.BATCH:
-                began = self.position != (0, 0)
-                self._take(record.batch())
-                if not began and self._ready and self._ready[0].seq == 0:
-                    return _snapshot_of_nothing(self._ready[0])
-        self._restored(snapshot)
+    def snapshot(self) -> Snapshot:
+        """As of the next batch, where one of another log is next; else of all that was read. Where that does not add up
+        to the worker's digest, as soon after it as it does: there the recorder was in step again."""
+        while not self._agrees and self._advance():
+            pass
+        log = self._replayed
+        if log is None:
+            raise Unavailable(f"{self._worker}: neither a snapshot nor a first batch is recorded")
+        snapshot = log.snapshot() if log is self._log else log.start
+        self._log, self._seq = log, snapshot.next_seq
         return snapshot
 
-    def _restored(self, snapshot: Snapshot) -> None:
-        self._ready.clear()
-        self._ready.extend(applied.batch for applied in self._cursor.restored(snapshot.epoch, snapshot.next_seq))
+    @property
+    def _agrees(self) -> bool:
+        stream = self._replayer.streams.get(self._worker)
+        return stream is not None and stream.agrees
 
-    def _take(self, batch: EventBatch) -> None:
-        done = self._cursor.offer(batch)
-        self._ready.extend(instruction.batch for instruction in done if isinstance(instruction, Apply))
+    @property
+    def _replayed(self) -> ReplayLog | None:
+        stream = self._replayer.streams.get(self._worker)
+        return stream.log if stream else None
 
-    def _leads_on(self, snapshot: Snapshot) -> bool:
-        return (snapshot.epoch, snapshot.next_seq) > self._cursor.position
-
-    def _check(self, epoch: int, from_seq: int) -> None:
-        position = self.position
-        asked = f"batch {from_seq} of epoch {epoch} was asked for"
-        if position[0] != epoch or from_seq > position[1]:
-            raise Conflict(f"{self._worker}: the recording has batch {position[1]} of epoch {position[0]}, {asked}")
-        if from_seq < position[1]:
-            raise Trimmed(f"{self._worker}: batches were recorded from {position[1]} on, {asked}")
+    def _advance(self) -> bool:
+        """Read a record; False at the recording's end."""
+        record = next(self._records, None)
+        if record is not None:
+            self._replayer.take(record)
+        return record is not None
 
 
 def _records(path: Path, worker: str) -> Iterator[Record]:
     with RecordingReader(path) as reader:
         yield from reader.records(workers=[worker])
-
-
-def _snapshot_of_nothing(first: EventBatch) -> Snapshot:
-    nothing = np.empty(0, dtype=np.uint64)
-    sizes = (event.block_size for event in first.events if isinstance(event, BlockStored) and event.block_size)
-    return Snapshot(first.worker, first.epoch, 0, EMPTY_DIGEST, next(sizes, 1), nothing, nothing)

@@ -77,12 +77,13 @@ class RecordedStream:
         recorder = self._recorder
         self._name = self._name or snapshot.worker
         now_ns = recorder.clock_ns()
-        if not recorder.observer.restore(self._name, snapshot, now_ns / 1e9):
-            recorder.writer.mark(self._name, f"refused a snapshot at batch {snapshot.next_seq}", now_ns)
-            return False
         recorder.writer.snapshot(self._name, snapshot, now_ns)
-        self._needed = Resync.NONE
-        return True
+        taken = recorder.observer.restore(self._name, snapshot, now_ns / 1e9)
+        if taken:
+            self._needed = Resync.NONE
+        else:
+            recorder.writer.mark(self._name, "the snapshot was refused", now_ns)
+        return taken
 
     def malformed(self) -> None:
         """See EventConsumer. What comes before the worker is known is not noted."""

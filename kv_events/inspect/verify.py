@@ -11,17 +11,16 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from kv_events.bus import Resync
 from kv_events.columns import changes_of, changes_to
 from kv_events.cursor import Apply, DropBlocks, Duplicate, EventCursor, NeedReplay, NeedSnapshot, StaleEpoch
 from kv_events.events import EventBatch, Snapshot
 from kv_events.inspect.recording import RecordingError, RecordingReader, RecordKind, Summary
+from kv_events.inspect.replay import OldEpochs, is_sound
 from kv_events.wire import WireError
 from radix import make_tree
-from radix.digest import EMPTY_DIGEST, SetDigest
-from radix.tree import MAX_WORKERS, PrefixTree, Tier
+from radix.digest import EMPTY_DIGEST
+from radix.tree import MAX_WORKERS, PrefixTree
 from rhizome.errors import InvalidRequest
 
 
@@ -84,6 +83,7 @@ class StreamVerifier:
         self._cursor = EventCursor()
         self._agrees = False
         self._late_at = (0, -1)
+        self._old_epochs = OldEpochs()
 
     def position(self) -> tuple[int, int]:
         """See EventConsumer."""
@@ -96,7 +96,10 @@ class StreamVerifier:
             verdict.stale += 1
             return Resync.NONE
         verdict.worker = batch.worker
-        for instruction in self._cursor.offer(batch):
+        instructions = self._cursor.offer(batch)
+        if batch.epoch == self._cursor.position[0]:
+            self._old_epochs = OldEpochs()
+        for instruction in instructions:
             match instruction:
                 case Apply(joined):
                     self._apply(joined)
@@ -111,6 +114,8 @@ class StreamVerifier:
                 case NeedReplay() | NeedSnapshot():
                     verdict.late += self._late_at != self._cursor.position
                     self._late_at = self._cursor.position
+        if batch.epoch < self._cursor.position[0]:
+            return Resync.SNAPSHOT  # should the newer one have been misheard, snapshots tell
         if not self._cursor.has_gap:
             return Resync.NONE if self._agrees else Resync.SNAPSHOT
         return Resync.REPLAY if self._agrees and self._cursor.position[1] else Resync.SNAPSHOT
@@ -119,17 +124,24 @@ class StreamVerifier:
         """See EventConsumer."""
         verdict, (epoch, next_seq) = self._verdict, self._cursor.position
         verdict.snapshots += 1
-        if (verdict.worker or snapshot.worker) != snapshot.worker or snapshot.epoch < epoch:
+        if (verdict.worker or snapshot.worker) != snapshot.worker:
             verdict.stale += 1
             return False
         verdict.worker = snapshot.worker
-        if not _is_sound(snapshot):
+        if not is_sound(snapshot):
             self._bad_snapshot("a snapshot whose digest is not that of its blocks", snapshot)
             return False
+        if snapshot.epoch < epoch:
+            if not self._old_epochs.outvote():
+                verdict.stale += 1
+                return False
+            self._harm(f"what came of epoch {epoch}, which the worker never had,", *self._cursor.position)
+            self._cursor, self._agrees, (epoch, next_seq) = EventCursor(), False, (0, 0)
         position = snapshot.epoch, snapshot.next_seq
         if self._agrees and position <= (epoch, next_seq):
             if position == (epoch, next_seq) and snapshot.digest != self._digest:
                 self._bad_snapshot("a snapshot that is not what the events told", snapshot)
+            self._cursor.restored(epoch, next_seq)  # what waits in vain goes
             return True
         if epoch:
             self._missed(snapshot)
@@ -251,10 +263,3 @@ def _batches_in(summary: Summary) -> Counter[tuple[str, int]]:
     for name, worker in summary.workers.items():
         told.update({(name, epoch): span.batches for epoch, span in worker.spans.items() if span.batches})
     return told
-
-
-def _is_sound(snapshot: Snapshot) -> bool:
-    hashes, digest = snapshot.block_hashes, SetDigest()
-    for tier in Tier:
-        digest.add(hashes[snapshot.held_in(tier)], tier)
-    return bool(hashes.all()) and len(np.unique(hashes)) == len(hashes) and digest.value == snapshot.digest

@@ -72,8 +72,8 @@ def test_each_stream_of_a_recording_is_a_source(tmp_path: Path) -> None:
             assert snapshot.worker == name
             found = await taken(source, snapshot.epoch, snapshot.next_seq)
             assert found == seqs(1, snapshot.next_seq, log.next_seq)
-            with pytest.raises(Unavailable, match="no further snapshot"):
-                await source.snapshot()
+            snapshot = await source.snapshot()
+            assert (snapshot.next_seq, snapshot.digest) == (log.next_seq, log.digest)
 
     run(test())
 
@@ -143,6 +143,22 @@ def test_a_wrong_batch_is_healed_by_the_snapshot_that_healed_the_recorder(tmp_pa
     story.works(5)
     story.writer.close()
     run(_follows(tmp_path / "a", story.log, seqs(1, 0, 11)))
+
+
+def test_where_nothing_is_recorded_there_is_no_snapshot(tmp_path: Path) -> None:
+    """And no batch."""
+    story = Story(tmp_path / "a")
+    story.writer.mark("worker-0", "hello", 0)
+    story.writer.close()
+
+    async def test() -> None:
+        source = RecordedSource(tmp_path / "a", "worker-0")
+        with pytest.raises(Unavailable, match="neither a snapshot nor a first batch"):
+            await source.snapshot()
+        with pytest.raises(Conflict, match="it is not recorded"):
+            await taken(RecordedSource(tmp_path / "a", "worker-0"), 0, 0)
+
+    run(test())
 
 
 def test_a_stream_that_begins_with_its_worker_needs_no_snapshot(tmp_path: Path) -> None:

@@ -46,8 +46,9 @@ def test_a_log_that_begins_with_a_snapshot_goes_on_as_its_worker_did() -> None:
     copy = ReplayLog(log.snapshot())
     assert (copy.next_seq, copy.digest, len(copy)) == (50, log.digest, len(log))
     for _, batch in fleet.steps(50):
-        again = copy.append(batch.events, batch.ts)
-        assert wire.encode(again) == wire.encode(batch)
+        copy.append_recorded(batch, None)
+        assert copy.read(batch.seq, 1)[0].payload == wire.encode(batch)
+        assert copy.digest == batch.digest
     mine, own = copy.snapshot(), log.snapshot()
     assert (mine.next_seq, mine.digest) == (own.next_seq, own.digest)
     assert mine.block_hashes.tolist() == own.block_hashes.tolist()
@@ -98,7 +99,7 @@ def test_a_restart_and_lost_batches_go_on_in_new_logs(tmp_path: Path) -> None:
 
 
 def test_a_digest_that_does_not_come_out_is_told(tmp_path: Path) -> None:
-    """The first one by its place; a snapshot after it sets the stream right, not the verdict."""
+    """The first one by its place; it is replayed as it was, so whoever follows sees it, too."""
     fleet = Fleet(workers=1)
     with RecordingWriter((tmp_path / "a").open("wb")) as writer:
         fleet.begin(writer)
@@ -109,6 +110,8 @@ def test_a_digest_that_does_not_come_out_is_told(tmp_path: Path) -> None:
     stream = replayed(tmp_path / "a").streams["worker-0"]
     assert (stream.differences, stream.equal) == (1, False)
     assert stream.first_difference == (1, 5, b"x" * 16, batch.digest)
+    assert stream.log is not None
+    assert stream.log.read(5, 1)[0].batch.digest == b"x" * 16
 
 
 def test_what_cannot_be_replayed_is_left_out(tmp_path: Path) -> None:
@@ -207,6 +210,6 @@ def test_a_recorder_writes_what_heals_a_stream_and_says_why() -> None:
     gap = "replay asked for at batch 1 of epoch 1"
     assert told[:9] == ["S", "malformed: not a batch", "0", "3", gap, "4", "1", "2", "3"]
     assert told[9].startswith("not written: 'BlockStored' is no unknown kind")
-    assert told[10:] == ["refused a snapshot at batch 0", "S"]
+    assert told[10:] == ["S", "the snapshot was refused", "S"]
     assert (recorder.batches, recorder.unwritten) == (6, 1)
     assert stream.position() == (1, 6)
