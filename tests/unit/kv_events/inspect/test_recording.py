@@ -118,6 +118,18 @@ def test_the_summary_comes_from_the_index_and_without_one_from_the_records(monke
         assert (span.first_seq, span.last_seq) == (0, span.batches - 1)
 
 
+def test_a_summary_takes_records_that_cannot_be_read() -> None:
+    """Without an index: they count as records, and are nobody's batches."""
+    file = io.BytesIO()
+    writer = RecordingWriter(file)
+    writer.batch_bytes("w0", b"junk", 1, 0, 5)
+    writer.snapshot_bytes("w0", b"junk", 1, 6)
+    writer.flush()
+    with RecordingReader(io.BytesIO(file.getvalue())) as reader:
+        summary = reader.summary()
+    assert (summary.records, summary.workers["w0"].batches, summary.workers["w0"].snapshots) == (2, 0, 0)
+
+
 def test_a_recording_that_was_cut_off_anywhere_is_read_up_to_its_last_whole_chunk(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
