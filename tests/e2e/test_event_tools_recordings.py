@@ -29,6 +29,7 @@ from radix import make_tree
 from tests.support.recordings import Fleet, blocks, recorded
 from tests.support.redis_server import RedisServer
 from tests.support.router_cluster import PROMPT, Cluster, with_cluster
+from tests.support.vllm_server import VllmServer, removed, stored
 
 PATIENCE_S = 60.0
 
@@ -373,6 +374,37 @@ def recorded_batches(path: Path) -> int:
     """In what is flushed so far."""
     with RecordingReader(path) as reader:
         return sum(worker.batches for worker in reader.summary().workers.values())
+
+
+def test_a_vllm_server_is_recorded_and_replayed_like_a_worker(events: Command, tmp_path: Path) -> None:
+    """Its restarts and losses included; the recording is of ours, and all tools read it."""
+    with VllmServer(topic=b"kv@pod-7@model") as server:
+        server.publish(stored([11, 12]))
+        stopped = threading.Event()
+
+        def work() -> None:
+            block = 100
+            while not stopped.wait(0.002):
+                server.publish(
+                    stored([block + 1], block if block > 100 else 12), removed([block - 10]), lost=block % 7 == 0
+                )
+                block += 1
+
+        thread = threading.Thread(target=work)
+        thread.start()
+        try:
+            told = events("record", tmp_path / "a.rhz", server.url, "--batches", 100)
+            watched = events("verify", server.url, "--for", 2)
+        finally:
+            stopped.set()
+            thread.join()
+    assert told.code == 0, told.err
+    assert watched.code == 0, watched
+    verified = events("verify", tmp_path / "a.rhz", "--json")
+    assert verified.code == 0, verified.out
+    assert verified.lines[0]["worker"] == "pod-7"
+    assert verified.lines[0]["applied"] == 100
+    assert events("replay", tmp_path / "a.rhz").code == 0
 
 
 # Replays onto buses.
