@@ -36,6 +36,7 @@ class IdentityMapper:
         self._block_size = 1
         self._groups = Groups()
         self._parents: dict[int, int] = {}  # of the latest blocks told with tokens
+        self._older: dict[int, int] = {}  # of those before: a dict is slow to find its oldest entry
         self._max_parents = max_parents
 
     @property
@@ -63,7 +64,7 @@ class IdentityMapper:
     def reset(self) -> None:
         """See Mapper."""
         self._groups = Groups()
-        self._parents.clear()
+        self._parents, self._older = {}, {}
 
     def _store(self, event: ForeignStored) -> list[Event]:
         if not self._groups.stores(event.group_idx, event.spec_kind):
@@ -83,8 +84,8 @@ class IdentityMapper:
             return self._store_in_tier(hashes, medium)
         parent = ROOT_HASH if event.parent_hash is None else as_integer(event.parent_hash)
         self._parents.update(zip(hashes, [parent, *hashes[:-1]], strict=True))
-        while len(self._parents) > self._max_parents:
-            del self._parents[next(iter(self._parents))]
+        if len(self._parents) > self._max_parents // 2:
+            self._parents, self._older = {}, self._parents
         return [BlockStored(np.array(hashes, dtype=np.uint64), parent, self._block_size, None, medium)]
 
     def _remove(self, event: ForeignRemoved) -> list[Event]:
@@ -98,11 +99,12 @@ class IdentityMapper:
         """Told by hashes alone, in no order: each follows what it was known to follow."""
         chains: list[tuple[int, list[int]]] = []
         for block in hashes:
-            parent = self._parents.get(block, ROOT_HASH)
+            known = self._parents.get(block, self._older.get(block))
+            parent = ROOT_HASH if known is None else known
             if chains and parent == chains[-1][1][-1]:
                 chains[-1][1].append(block)
             else:
-                self.counts.untold += block not in self._parents
+                self.counts.untold += known is None
                 chains.append((parent, [block]))
         return [
             BlockStored(np.array(blocks, dtype=np.uint64), parent, self._block_size, None, medium)

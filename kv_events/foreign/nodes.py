@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from typing import NamedTuple
@@ -193,10 +194,11 @@ class Forest:
         self.nodes: dict[BlockHash, Node] = {}
         self.ours = OurBlocks(counts)
         self._counts = counts
-        self.waiting: dict[Node, Orphan | None] = {}  # those without a key, oldest first; None: no tokens were told
+        # Those without a key, oldest first (which a plain dict takes ever longer to find); None: no tokens were told.
+        self.waiting: OrderedDict[Node, Orphan | None] = OrderedDict()
         self._waiting_tokens = 0
         self._unheld = 0  # nodes that have a key and are not held
-        self._spent: dict[Node, None] = {}  # those of them without children, oldest first
+        self._spent: OrderedDict[Node, None] = OrderedDict()  # those of them without children, oldest first
         self._max_entries = max_entries
         self._max_tombstones = max_tombstones
         self._max_waiting = max_waiting
@@ -298,7 +300,7 @@ class Forest:
                 node.followers = {child: None for child in node.followers if child.realm is not None}
         self.ours.forget()
         self._unheld = len(self.nodes)
-        self._spent = {node: None for node in self.nodes.values() if not node.children}
+        self._spent = OrderedDict.fromkeys(node for node in self.nodes.values() if not node.children)
         self.trim_tombstones()
 
     def drop_tree(self, root: Node) -> None:
