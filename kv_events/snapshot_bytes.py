@@ -67,15 +67,7 @@ def decode_snapshot(data: bytes) -> Snapshot:
         raise WireError(f"the snapshot has version {version} and flags {flags}: version {VERSION} is known")
     if blocks > MAX_SNAPSHOT_BLOCKS:
         raise WireError(f"the snapshot has {blocks} blocks: at most {MAX_SNAPSHOT_BLOCKS}")
-    if not 1 <= name_bytes <= MAX_STRING_BYTES:
-        raise WireError(f"the snapshot's worker has {name_bytes} bytes: 1 to {MAX_STRING_BYTES}")
-    for name, value, low, high in (
-        ("epoch", epoch, 1, MAX_COUNT),
-        ("next_seq", next_seq, 0, MAX_COUNT),
-        ("block_size", block_size, 1, MAX_BLOCK_SIZE),
-    ):
-        if not low <= value <= high:
-            raise WireError(f"the snapshot's {name} is {value}: {low} to {high}")
+    check_header(name_bytes, epoch, next_seq, block_size)
     masks_at = _HEADER.size + name_bytes + 16 * blocks
     body = masks_at + (blocks if flags & _TIERED else 0)
     if len(data) != body + _CHECK_BYTES:
@@ -91,6 +83,19 @@ def decode_snapshot(data: bytes) -> Snapshot:
     parents = np.frombuffer(data, "<u8", blocks, hashes_at + 8 * blocks).astype(np.uint64)
     masks = np.frombuffer(data, np.uint8, blocks, masks_at).copy() if flags & _TIERED else None
     return Snapshot(worker, epoch, next_seq, digest, block_size, hashes, parents, masks)
+
+
+def check_header(name_bytes: int, epoch: int, next_seq: int, block_size: int) -> None:
+    """Raise WireError for what no snapshot says of its worker; `name_bytes` is the length of the worker's name."""
+    if not 1 <= name_bytes <= MAX_STRING_BYTES:
+        raise WireError(f"the snapshot's worker has {name_bytes} bytes: 1 to {MAX_STRING_BYTES}")
+    for name, value, low, high in (
+        ("epoch", epoch, 1, MAX_COUNT),
+        ("next_seq", next_seq, 0, MAX_COUNT),
+        ("block_size", block_size, 1, MAX_BLOCK_SIZE),
+    ):
+        if not low <= value <= high:
+            raise WireError(f"the snapshot's {name} is {value}: {low} to {high}")
 
 
 def _check(data: bytes | memoryview) -> bytes:

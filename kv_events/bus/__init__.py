@@ -8,6 +8,10 @@ from typing import Protocol
 
 from kv_events.events import EventBatch, Snapshot
 
+MAX_REPLAY_BATCHES = 2**16  # eight times what our own workers keep
+MAX_REPLAY_BYTES = 128 * 2**20
+"""Of one replay's payloads; a log of ours keeps a third of that. A reader holds no more, whatever comes from afar."""
+
 
 class Resync(Enum):
     """What a consumer needs after a batch to be in step again."""

@@ -5,24 +5,26 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import aclosing, asynccontextmanager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import grpc
 import numpy as np
+from google.protobuf.message import DecodeError, Message
 
 from kv_events import wire
+from kv_events.bus import MAX_REPLAY_BATCHES, MAX_REPLAY_BYTES
 from kv_events.bus.memory import READ_BATCHES, pages
 from kv_events.events import EventBatch, Snapshot
 from kv_events.log import EventLog, LoggedBatch
-from kv_events.snapshot_bytes import MAX_SNAPSHOT_BLOCKS
+from kv_events.snapshot_bytes import MAX_SNAPSHOT_BLOCKS, check_header
 from radix.digest import DIGEST_BYTES
 from rhizome import rpc
 from rhizome.errors import Conflict, InvalidRequest, Trimmed, Unavailable
 from rhizome.v1 import worker_pb2 as pb
-from rhizome.v1.worker_pb2_grpc import KvEventsStub
+
+M = TypeVar("M", bound=Message)
 
 SNAPSHOT_CHUNK_BLOCKS = 2**16  # 1 MiB
-MAX_REPLAY_BATCHES = 2**16  # a log keeps some thousands
 FRAME_BYTES = 2**18  # of payloads in a message (one at least): what a slow reader keeps its worker from letting go
 CALL_TIMEOUT_S = 30.0  # for a replay or a snapshot, whole
 
@@ -129,7 +131,7 @@ class GrpcEventSource:
         self._own: grpc.aio.Channel | None = None
         if isinstance(target, str):
             target = self._own = grpc.aio.insecure_channel(target, options=rpc.CHANNEL_OPTIONS)
-        self._stub: Any = KvEventsStub(target)
+        self._channel = target
 
     async def close(self) -> None:
         """Close the channel, if it was made here."""
@@ -137,10 +139,11 @@ class GrpcEventSource:
             await self._own.close()
 
     async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
-        call = self._stub.Subscribe(pb.SubscribeRequest(epoch=epoch, from_seq=from_seq))
+        call = self._call("Subscribe", pb.SubscribeRequest(epoch=epoch, from_seq=from_seq))
         try:
             with _translated():
-                async for frame in call:
+                async for data in call:
+                    frame = _parsed(pb.EventFrame, data)
                     yield wire.decode(frame.payload)
                     for payload in frame.more:
                         yield wire.decode(payload)
@@ -148,13 +151,18 @@ class GrpcEventSource:
             call.cancel()
 
     async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
-        call = self._stub.Replay(pb.ReplayRequest(epoch=epoch, from_seq=from_seq), timeout=CALL_TIMEOUT_S)
+        call = self._call("Replay", pb.ReplayRequest(epoch=epoch, from_seq=from_seq), timeout_s=CALL_TIMEOUT_S)
         batches: list[EventBatch] = []
+        size_bytes = 0
         try:
             with _translated():
-                async for frame in call:
+                async for data in call:
+                    frame = _parsed(pb.EventFrame, data)
+                    size_bytes += len(data)
                     if len(batches) + 1 + len(frame.more) > MAX_REPLAY_BATCHES:
                         raise wire.WireError(f"the replay holds more than {MAX_REPLAY_BATCHES} batches")
+                    if size_bytes > MAX_REPLAY_BYTES:
+                        raise wire.WireError(f"the replay holds more than {MAX_REPLAY_BYTES} bytes")
                     batches.append(wire.decode(frame.payload))
                     batches += map(wire.decode, frame.more)
         finally:
@@ -162,29 +170,42 @@ class GrpcEventSource:
         return batches
 
     async def snapshot(self) -> Snapshot:
-        call = self._stub.Snapshot(pb.SnapshotRequest(), timeout=CALL_TIMEOUT_S)
-        chunks: list[pb.SnapshotChunk] = []
-        received = 0
+        call = self._call("Snapshot", pb.SnapshotRequest(), timeout_s=CALL_TIMEOUT_S)
+        first: pb.SnapshotChunk | None = None
+        hashes, parents, masks = bytearray(), bytearray(), bytearray()  # all that is kept of further chunks
         try:
             with _translated():
-                async for chunk in call:
-                    chunks.append(chunk)
-                    most_bytes = max(len(chunk.block_hashes), len(chunk.parent_hashes))
-                    received += max(most_bytes // _HASH_BYTES, len(chunk.tier_masks))
-                    if received > min(chunks[0].total_blocks, MAX_SNAPSHOT_BLOCKS) or len(chunks) > received + 1:
-                        raise wire.WireError(f"the snapshot goes on past its {chunks[0].total_blocks} blocks")
+                async for data in call:
+                    chunk = _parsed(pb.SnapshotChunk, data)
+                    first = first or chunk
+                    hashes += chunk.block_hashes
+                    parents += chunk.parent_hashes
+                    masks += chunk.tier_masks
+                    received = max(len(hashes) // _HASH_BYTES, len(parents) // _HASH_BYTES, len(masks))
+                    if received > min(first.total_blocks, MAX_SNAPSHOT_BLOCKS):
+                        raise wire.WireError(f"the snapshot goes on past its {first.total_blocks} blocks")
         finally:
             call.cancel()
-        return _assembled(chunks)
+        if first is None:
+            raise wire.WireError("the snapshot is empty")
+        return _assembled(first, bytes(hashes), bytes(parents), bytes(masks))
+
+    def _call(self, method: str, request: Message, timeout_s: float | None = None) -> Any:
+        """Answers stay bytes, to be parsed by `_parsed`: of what is no message, gRPC itself would make None."""
+        call: Any = self._channel.unary_stream(
+            f"/rhizome.v1.KvEvents/{method}", request_serializer=type(request).SerializeToString
+        )
+        return call(request, timeout=timeout_s)
 
 
-def _assembled(chunks: list[pb.SnapshotChunk]) -> Snapshot:
-    if not chunks:
-        raise wire.WireError("the snapshot is empty")
-    first = chunks[0]
-    hashes = b"".join(chunk.block_hashes for chunk in chunks)
-    parents = b"".join(chunk.parent_hashes for chunk in chunks)
-    masks = b"".join(chunk.tier_masks for chunk in chunks)
+def _parsed(message_type: type[M], data: bytes) -> M:
+    try:
+        return message_type.FromString(data)
+    except DecodeError as error:
+        raise wire.WireError(f"not a {message_type.DESCRIPTOR.name}: {error}") from error
+
+
+def _assembled(first: pb.SnapshotChunk, hashes: bytes, parents: bytes, masks: bytes) -> Snapshot:
     expected = first.total_blocks * _HASH_BYTES
     if len(hashes) != expected or len(parents) != expected:
         raise wire.WireError(
@@ -192,8 +213,9 @@ def _assembled(chunks: list[pb.SnapshotChunk]) -> Snapshot:
         )
     if len(masks) not in (0, first.total_blocks):
         raise wire.WireError(f"the snapshot has {len(masks)} masks of tiers: none or {first.total_blocks} are needed")
-    if not 1 <= first.epoch <= wire.MAX_COUNT or len(first.digest) != DIGEST_BYTES:
-        raise wire.WireError("the snapshot has no epoch or no digest")
+    check_header(len(first.worker_id.encode()), first.epoch, first.next_seq, first.block_size)
+    if len(first.digest) != DIGEST_BYTES:
+        raise wire.WireError(f"the snapshot's digest has {len(first.digest)} bytes: {DIGEST_BYTES} are needed")
     return Snapshot(
         worker=first.worker_id,
         epoch=first.epoch,

@@ -7,6 +7,7 @@ from collections.abc import AsyncGenerator
 from typing import Any
 
 from kv_events import wire
+from kv_events.bus import MAX_REPLAY_BATCHES, MAX_REPLAY_BYTES
 from kv_events.bus.redis_stream import (
     BATCH,
     BLOCK_S,
@@ -30,8 +31,6 @@ from rhizome.errors import Conflict, Trimmed, Unavailable
 READ_ENTRIES = 128
 """A round trip. Publishers of ours bound what a stream keeps, and so what these hold: whoever else may write to a Redis
 could fill its readers' memory."""
-MAX_REPLAY_BATCHES = 2**16  # eight times what a stream of ours keeps
-MAX_REPLAY_BYTES = 128 * 2**20  # of payload: a stream of ours keeps half of that at most
 
 
 class RedisEventSource:

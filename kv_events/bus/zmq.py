@@ -11,7 +11,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from kv_events import wire
-from kv_events.bus import EventSource
+from kv_events.bus import MAX_REPLAY_BATCHES, MAX_REPLAY_BYTES, EventSource
 from kv_events.bus import zmq_frames as frames
 from kv_events.bus.url import BusUrl
 from kv_events.bus.zmq_publisher import ZmqPublisher
@@ -32,7 +32,6 @@ IDLE_CHECK_S = 0.5
 """Without a batch, before the publisher is asked where it stands: the last one may have been dropped, or the publisher
 be gone or another, which libzmq does not say."""
 PROOF_S = 1.0  # for a subscription to be in force; afterwards the idle check finds what was missed
-MAX_REPLAY_BATCHES = 2**16  # a log keeps some thousands
 MAX_RESTARTS = 3  # of a snapshot whose pieces are not kept any more
 
 
@@ -131,8 +130,10 @@ class ZmqEventSource:
 
     async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
         batches: list[EventBatch] = []
+        size_bytes = 0
         while True:
             state, payloads = await self._page(epoch, from_seq)
+            size_bytes += sum(map(len, payloads))
             epoch = state.epoch  # the pages are of one stream
             for payload in payloads:
                 batches.append(_batch(payload, state.worker, epoch, from_seq))
@@ -141,6 +142,8 @@ class ZmqEventSource:
                 return batches
             if len(batches) >= MAX_REPLAY_BATCHES:
                 raise WireError(f"the replay holds more than {MAX_REPLAY_BATCHES} batches")
+            if size_bytes > MAX_REPLAY_BYTES:
+                raise WireError(f"the replay holds more than {MAX_REPLAY_BYTES} bytes")
 
     async def snapshot(self) -> Snapshot:
         for _ in range(MAX_RESTARTS):
