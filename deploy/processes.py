@@ -117,7 +117,9 @@ class WorkerSettings:
     def read_at(self, url: str) -> str:
         """The bus URL to register for one that is published at."""
         bus = parse_bus_url(url)
-        return replace(bus, host=self.advertise).url if self.advertise and bus.host in WILDCARDS else url
+        if not self.advertise or bus.host not in WILDCARDS:
+            return url
+        return replace(bus, host=self.advertise.strip("[]")).url
 
     def read_by_routers(self, urls: list[str]) -> str:
         """Which of those that are published at to register; empty: routers read at the worker's own port."""

@@ -96,7 +96,7 @@ class BusUrl:
 def parse_bus_url(url: str) -> BusUrl:
     """The parts of `url`. Raises InvalidRequest for what is no bus URL; names what is wrong, never a password."""
     if len(url) > MAX_URL_CHARS:
-        raise InvalidRequest(_FIELD, f"{url[:20]}...", f"at most {MAX_URL_CHARS} characters, it has {len(url)}")
+        raise InvalidRequest(_FIELD, f"{url[:5]}...", f"at most {MAX_URL_CHARS} characters, it has {len(url)}")
     if not url.isascii() or not url.isprintable() or " " in url:
         _refuse(url, "printable ASCII characters without spaces (others as %XX)")
     scheme, separator, _ = url.partition("://")
@@ -213,7 +213,8 @@ def _memory(url: str) -> BusUrl:
 
 
 def _host(url: str, host: str) -> str:
-    if not 1 <= len(host) <= MAX_HOST_CHARS or not all(char.isalnum() or char in ".-_:%" for char in host):
+    known = all(char.isalnum() or char in ".-_:%" for char in host)
+    if not 1 <= len(host) <= MAX_HOST_CHARS or not known or host[0] in ".-_%":  # libzmq takes none that begins so
         _refuse(
             url, f"a host of 1 to {MAX_HOST_CHARS} letters, digits, dots and dashes, or an IPv6 address in brackets"
         )

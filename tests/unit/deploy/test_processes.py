@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,9 @@ def test_a_worker_publishes_under_its_own_name_and_is_read_at_the_advertised_hos
     assert settings.read_at("zmq://0.0.0.0:4711") == "zmq://node-3:4711"
     for url in ("zmq://10.0.0.7:4711", "redis://redis.example:6379/kv:w0"):
         assert settings.read_at(url) == url
+    in_brackets = replace(settings, advertise="[2001:db8::1]")
+    assert in_brackets.reached_at("[::]:7000") == "[2001:db8::1]:7000"
+    assert in_brackets.read_at("zmq://[::]:4711") == "zmq://[2001:db8::1]:4711"
     for_others = "zmq://0.0.0.0:4711?dialect=vllm"
     assert settings.read_by_routers([for_others, "zmq://0.0.0.0:4713?dialect=rhizome"]).startswith("zmq://node-3:4713")
     assert settings.read_by_routers([for_others]) == settings.read_by_routers([]) == ""
