@@ -130,6 +130,7 @@ class ForeignStream:
         self._mute = False
         self._unanswered = self._fruitless = 0
         self._replay.void = True
+        self._waiting.clear()  # of the former connection: if it was the same process, the replay brings them again
         self._doubted = self._joined
 
     def offer(self, seq: int, batch: Offered) -> None:
@@ -166,11 +167,12 @@ class ForeignStream:
         if not replay.running or replay.void:
             return
         replay.answers += 1
+        replay.newest = max(replay.newest, seq)
         decoded = self._decoded(batch)
         if self._joined and seq < self._next_seq:
             self._compare(seq, decoded)
             return
-        if not self._joined or not replay.verified:
+        if not self._joined or not replay.verified or (replay.answers == 1 and seq > self._next_seq):
             self._start_at(seq)  # what comes before is not kept by the server, or cannot be told to be of this process
             replay.verified = True
         if seq > self._next_seq:
@@ -185,15 +187,15 @@ class ForeignStream:
         replay, self._replay = self._replay, _Replay()
         if replay.void:
             return
-        if replay.answers:
+        if answered and replay.newest + 1 < replay.next_seq:
+            self._restart()  # it has not come as far as we had (or keeps nothing: then it is right to forget, too)
+        elif replay.answers or answered:
             self._unanswered = 0
             if self._doubted and not replay.verified and answered:
                 self._forget()
             self._doubted &= not (replay.verified or answered)
+            self._joined |= answered
             self._purge()
-        elif answered:
-            self._unanswered = 0
-            self._learn_that_nothing_is_kept(replay.from_seq)
         else:
             self.counts.unanswered += 1
             self._unanswered += 1
@@ -221,35 +223,36 @@ class ForeignStream:
     def _place(self, seq: int, batch: ForeignBatch) -> None:
         """A batch that is not simply the next one."""
         if self._is_of_new_process(seq, batch.ts):
-            self._restart(at_any_time=batch.ts < self._last_ts)
-        if seq < self._next_seq:
-            self.counts.duplicates += 1
-        elif batch.ts < self._last_ts:
-            # Of a process that is over; or the server's clock was set back, which the replay will tell.
-            self.counts.duplicates += 1
-            self._doubted = self._joined
-        else:
+            self._restart(since=batch.ts)
+        if seq >= self._next_seq and batch.ts >= self._last_ts:
             self._wait(seq, batch)
+            return
+        self.counts.duplicates += 1
+        if self._recent.get(seq) == batch.ts:
+            return
+        # Of a process that is over; or of a new one, and the server's clock was set back: the replay tells.
+        if self._mute:
+            self._restart()  # nothing tells, so neither process's blocks are claimed
+        else:
+            self._doubted = self._joined
 
     def _is_of_new_process(self, seq: int, ts: float) -> bool:
-        """A number that was used, at a later time than it was used, or than anything that was applied. Where no replay
-        could tell, a batch that is older than its predecessor, too."""
-        waiting = self._waiting.get(seq)
-        if waiting is not None:
-            return ts > waiting.ts
+        """A number that was used, at a later time than it was used, or than a later number was."""
         if seq < self._next_seq:
             return ts > self._recent.get(seq, self._last_ts)
-        return self._mute and ts < self._last_ts
+        if self._waiting and seq <= max(self._waiting):
+            return any(other >= seq and batch and batch.ts < ts for other, batch in self._waiting.items())
+        return False
 
     def _compare(self, seq: int, batch: ForeignBatch | None) -> None:
         """A batch that is known was replayed: was it this one?"""
         known = self._recent.get(seq)
         if batch is None or known is None:
             return
-        if batch.ts == known:
+        if batch.ts != known:
+            self._restart()
+        elif seq == self._replay.from_seq:
             self._replay.verified = True
-        else:
-            self._restart(at_any_time=True)
 
     # What is done with it.
 
@@ -328,26 +331,17 @@ class ForeignStream:
                 first = min(self._waiting)
                 self._start_at(first + (self._waiting[first] is None))
 
-    def _learn_that_nothing_is_kept(self, from_seq: int) -> None:
-        """The server keeps no batch from `from_seq` on. If we know of some, this is another process (or one that keeps
-        none, for which the same is right: to forget)."""
-        if from_seq:
-            self._restart(at_any_time=True)
-        else:
-            self._doubted = False
-            self._joined = True
-            self._give_up()
-
-    def _restart(self, *, at_any_time: bool = False) -> None:
-        """Another process serves: nothing of what its predecessor held or said counts. `at_any_time`: its clock may be
-        behind its predecessor's."""
+    def _restart(self, since: float | None = None) -> None:
+        """Another process serves: nothing of what its predecessor held or said counts, and no batch from before
+        `since`. None: not known; its clock may be behind its predecessor's."""
         self.counts.restarts += 1
         former = self._log
         self._log = EventLog(former.worker, former.epoch + 1, former.block_size, self._capacity)
         former.close()
         self.mapper.reset()
-        self._waiting = {seq: batch for seq, batch in self._waiting.items() if batch and batch.ts > self._last_ts}
-        if at_any_time:
+        earliest = self._last_ts if since is None else since
+        self._waiting = {seq: batch for seq, batch in self._waiting.items() if batch and batch.ts >= earliest}
+        if since is None or since < self._last_ts:
             self._last_ts = -inf
         self._recent.clear()
         self._next_seq = 0
@@ -365,5 +359,6 @@ class _Replay:
     from_seq: int = 0
     next_seq: int = 0  # when it was begun
     knew_gap: bool = False  # batches waited then
-    verified: bool = False  # an answer was the very batch that is known under its number
+    verified: bool = False  # it begins with the very batch that is known under that number
     answers: int = 0
+    newest: int = -1  # of their numbers
