@@ -58,6 +58,7 @@ class ForeignZmqSource(PublicationSource):
         self._topic: bytes | None = None  # of the first message: one server has one
         self._connected = False
         self._gone = False
+        self._failure: Exception | None = None  # a defect: what is read from here on is not to be trusted
         self._heard = asyncio.Event()  # something to look after for the task that asks for replays
         self._settled = asyncio.Event()
         self._tasks: list[asyncio.Task[None]] = []
@@ -70,13 +71,18 @@ class ForeignZmqSource(PublicationSource):
         return self._stream
 
     async def publication(self) -> Publication:
-        """See PublicationSource. The first call waits until what the server keeps has been replayed."""
+        """See PublicationSource. The first call waits until what the server keeps has been replayed.
+
+        Raises RuntimeError after a defect here: the source is to be closed, and another one opened.
+        """
         if not self._tasks:
             self._start()
         if not self._settled.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout(SETTLE_S):
                     await self._settled.wait()
+        if self._failure is not None:
+            raise RuntimeError(f"events of {self._bus} are not read any more") from self._failure
         if self._stream is None or self._gone:
             raise Unavailable(f"no server publishes at {self._bus}")
         log = self._stream.log
@@ -105,8 +111,9 @@ class ForeignZmqSource(PublicationSource):
     async def _reported(self, work: Coroutine[Any, Any, None]) -> None:
         try:
             await work
-        except Exception:
+        except Exception as error:
             logger.exception("events of %s are not read any more", self._bus)
+            self._failure = error
             self._withdraw()
 
     # The connection.

@@ -14,7 +14,7 @@ import pytest
 from kv_events.bus import EventSource, foreign_zmq, zmq_dialect
 from kv_events.bus.follow import follow
 from kv_events.bus.foreign_zmq import ForeignZmqSource
-from kv_events.bus.url import open_source
+from kv_events.bus.url import open_source, parse_bus_url
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.hashing import BlockHasher, derive_salt
@@ -288,5 +288,24 @@ def test_captured_streams_are_read(server: str) -> None:
 
     async def test() -> None:
         assert await everything(lossy=True) == await everything(lossy=False)
+
+    run(test())
+
+
+def test_a_defect_in_reading_ends_the_source(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever follows it is told, to open another one: a server that is connected and not read is not in step."""
+
+    async def test() -> None:
+        with VllmServer() as server:
+            source = ForeignZmqSource(parse_bus_url(server.url))
+            await until_held(source)
+            assert source.stream is not None
+            monkeypatch.setattr(source.stream, "offer", None)
+            server.publish(stored([11]))
+            await until(lambda: source._gone)
+            source._gone = False  # as a new connection has it
+            with pytest.raises(RuntimeError, match="not read any more"):
+                await source.snapshot()
+            await source.close()
 
     run(test())
