@@ -38,6 +38,10 @@ replay brings them."""
 RECENT = 1024
 """Batches whose times are remembered, to tell a duplicate from a batch of a new process."""
 
+MAX_BLOCKS = 2**22
+"""Held at once, beyond which what the server holds is forgotten: 67 million tokens in blocks of 16 are more than any
+cache holds, so its removals are not heard of. About 300 MB."""
+
 OVERLAP = 8
 """Known batches that a replay repeats after a new connection: another time under a known number is another process.
 More than one, as a new process's first batches may have been taken before the news of the connection came."""
@@ -298,6 +302,8 @@ class ForeignStream:
         if events:
             self._log.block_size = self.mapper.block_size
             self._log.append(events, batch.ts)
+            if len(self._log) > MAX_BLOCKS:
+                self._forget()
 
     def _start_at(self, seq: int) -> None:
         """The batches before `seq` are not to be had."""
