@@ -211,16 +211,26 @@ async def _router_against_workers(options: DiffOptions, output: Output) -> bool:
     async with open_targets(options.a, options.workers) as targets:
         if targets.router is None:
             raise InvalidRequest("b", None, "a second target, unless the first one is a router, router://HOST:PORT")
-        diffs = await _settled(targets, options)
+        diffs, unread = await _settled(targets, options)
     for name, diff in diffs.items():
         _tell_state(output, name, diff, "the worker", "the router")
+    for name, why in unread.items():
+        if output.as_json:
+            output.json({"name": name, "equal": False, "unread": why})
+        else:
+            output.line([(printable(name), "worker"), (f": not compared: {printable(why)}", "bad")])
     equal = all(diff.equal for diff in diffs.values())
+    if unread and equal:
+        if not output.as_json:
+            output.text("not all could be compared", "bad")
+        return False
     _tell_end(output, equal)
     return equal
 
 
-async def _settled(targets: Targets, options: DiffOptions) -> dict[str, StateDiff]:
-    """The differences that are left once the router has had the time to catch up.
+async def _settled(targets: Targets, options: DiffOptions) -> tuple[dict[str, StateDiff], dict[str, str]]:
+    """The differences that are left once the router has had the time to catch up; and the workers of which nothing
+    came, by name: why.
 
     A view is right where the worker was so a moment ago: the router's digest is looked for among those that the
     worker's stream has shown. So a busy worker is no difference.
@@ -248,6 +258,7 @@ async def _settled(targets: Targets, options: DiffOptions) -> dict[str, StateDif
                     if truths and not apart():
                         break
         followed.check_reached()
+        unread = followed.unread
         for problem in followed.problems:
             print(f"rhizome: {printable(problem)}", file=sys.stderr)
     held = await asyncio.to_thread(states_of, observer.tree, observer.names)
@@ -255,4 +266,4 @@ async def _settled(targets: Targets, options: DiffOptions) -> dict[str, StateDif
     for name in diffs.keys() - differing:  # the worker has gone on meanwhile
         blocks = len(views.get(name, NOTHING_HELD).hashes)
         diffs[name] = StateDiff(equal=True, blocks_a=blocks, blocks_b=blocks, missing=0, extra=0, moved=0)
-    return diffs
+    return {name: diff for name, diff in diffs.items() if name not in unread}, unread

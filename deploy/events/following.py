@@ -95,6 +95,12 @@ class Following:
         """Whether anything came from anybody."""
         return any(consumer.position() != (0, 0) for consumer in self._consumers.values())
 
+    @property
+    def unread(self) -> dict[str, str]:
+        """Streams of which nothing came at all, by name: why."""
+        silent = [name for name in self._sources if self._consumers[name].position() == (0, 0)]
+        return {name: self.problem_of(name) or "nothing came" for name in silent} | self._targets.problems
+
     async def refresh(self) -> None:
         """Follow who is there now; a router is asked once a second. Raises what a consumer raised."""
         for task in self._tasks.values():

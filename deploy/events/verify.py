@@ -32,16 +32,17 @@ class VerifyOptions:
 
 async def run_verify(options: VerifyOptions) -> bool:
     """Print what was found, and return whether all is right. Raises InvalidRequest, Unavailable."""
-    output = Output(as_json=options.as_json)
+    output, unread = Output(as_json=options.as_json), dict[str, str]()
     if "://" not in options.target:
         if options.workers:
             raise InvalidRequest("worker", options.workers[0], "a live target: a recording is verified whole")
         verdict = await asyncio.to_thread(_of_recording, Path(options.target))
     else:
         async with open_targets(options.target, options.workers) as targets:
-            verdict = RecordingVerdict(complete=True, streams=await _live(targets, options.for_s))
-    _tell(output, verdict)
-    return verdict.ok
+            streams, unread = await _live(targets, options.for_s)
+            verdict = RecordingVerdict(complete=True, streams=streams)
+    _tell(output, verdict, unread)
+    return verdict.ok and not unread
 
 
 def _of_recording(path: Path) -> RecordingVerdict:
@@ -52,7 +53,8 @@ def _of_recording(path: Path) -> RecordingVerdict:
         return RecordingVerdict(complete=False, damage=str(error))
 
 
-async def _live(targets: Targets, for_s: float | None) -> list[StreamVerdict]:
+async def _live(targets: Targets, for_s: float | None) -> tuple[list[StreamVerdict], dict[str, str]]:
+    """What was found, and of which streams nothing came, by name: why."""
     verifier = Verifier()
     async with following(targets, verifier.consumer) as followed:
         with status_line() as show:
@@ -61,23 +63,25 @@ async def _live(targets: Targets, for_s: float | None) -> list[StreamVerdict]:
                     await followed.refresh()
                     show(f"verifying {targets.target}: {duration_text(round(elapsed_s))} · Ctrl-C ends")
         followed.check_reached()
-    return verifier.verdicts()
+        unread = followed.unread
+    return [stream for stream in verifier.verdicts() if stream.name not in unread], unread
 
 
-def _tell(output: Output, verdict: RecordingVerdict) -> None:
-    harm = _harm(verdict)
+def _tell(output: Output, verdict: RecordingVerdict, unread: dict[str, str]) -> None:
+    harm = [*_harm(verdict), *(printable(f"{name}: not read: {why}") for name, why in unread.items())]
+    ok = verdict.ok and not unread
     if output.as_json:
         for stream in verdict.streams:
             output.json(stream.as_json())
         whole = {"complete": verdict.complete, "damage": verdict.damage, "index_differs": verdict.index_differs}
-        output.json({"ok": verdict.ok, "streams": len(verdict.streams)} | whole)
+        output.json({"ok": ok, "streams": len(verdict.streams), "unread": unread} | whole)
         return
     if verdict.streams:
         for line in table(HEADS, [_row(stream) for stream in verdict.streams]):
             output.line(line)
     for text in harm:
         output.text(text, "bad")
-    if verdict.ok:
+    if ok:
         batches = counted(sum(stream.applied for stream in verdict.streams), "batch", "batches")
         output.text(f"all is right: {batches} of {counted(len(verdict.streams), 'worker')}", "stored")
 

@@ -8,7 +8,6 @@ from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import TYPE_CHECKING
 
-import msgpack
 import zmq
 
 from kv_events.bus import zmq_frames as frames
@@ -16,6 +15,7 @@ from kv_events.bus.url import BusUrl
 from kv_events.bus.zmq import ZmqEventSource
 from kv_events.bus.zmq_sockets import LoopSocket, asker, subscriber
 from kv_events.events import EventBatch, Snapshot
+from kv_events.foreign.dialects import dialect_of
 from kv_events.wire import WireError
 from rhizome.errors import Unavailable
 
@@ -24,8 +24,6 @@ if TYPE_CHECKING:
 
 TELL_S = 3.0
 """For the first answer or message. Servers look at their replay socket every 0.1 s; ours answers at once."""
-
-FOREIGN_FIELDS = 3  # of a batch, at most; ours have at least 7
 
 
 class DialectSource:
@@ -107,9 +105,7 @@ async def _answered(asking: LoopSocket) -> bool:
 
 async def _published(live: LoopSocket) -> bool:
     message = await live.receive() or [b""]
-    unpacker = msgpack.Unpacker()
-    unpacker.feed(message[-1])
     try:
-        return int(unpacker.read_array_header()) > FOREIGN_FIELDS
-    except (msgpack.UnpackException, ValueError):
+        return dialect_of(message[-1]) == "rhizome"
+    except WireError:
         return False

@@ -134,7 +134,7 @@ def test_verify_ends_with_0_where_all_is_right(events: Command, tmp_path: Path) 
     assert all(log.digest.hex() in told.out for log in fleet.logs.values())
     *streams, verdict = events("verify", tmp_path / "a.rhz", "--json").lines
     assert [stream["name"] for stream in streams] == list(fleet.logs)
-    assert verdict == {"ok": True, "streams": 3, "complete": True, "damage": "", "index_differs": False}
+    assert verdict == {"ok": True, "streams": 3, "complete": True, "damage": "", "index_differs": False, "unread": {}}
 
 
 def test_verify_names_what_is_wrong_and_ends_with_1(events: Command, tmp_path: Path) -> None:
@@ -514,6 +514,28 @@ def test_a_router_and_its_workers_are_recorded_verified_and_compared(tmp_path: P
         with RecordingReader(tmp_path / "a.rhz") as reader:
             assert sorted(reader.summary().workers) == ["worker-0", "worker-1"]
         assert (await done("verify", tmp_path / "a.rhz")).code == 0
+
+    with_cluster(test)
+
+
+def test_a_worker_that_cannot_be_read_is_not_right() -> None:
+    """Neither verified nor equal, whatever its router holds of it: the commands name it, and end with 1."""
+
+    async def test(running: Cluster) -> None:
+        workers = [await running.join(name) for name in ("worker-0", "worker-1")]
+        await running.ready(2)
+        await workers[1].kill()
+        target = f"router://{running.address}"
+        verified, compared = await asyncio.gather(
+            done("verify", target, "--for", 2, "--json"), done("diff", target, "--json")
+        )
+        assert (verified.code, compared.code) == (1, 1)
+        *streams, whole = verified.lines
+        assert [stream["name"] for stream in streams] == ["worker-0"]
+        assert not whole["ok"]
+        assert list(whole["unread"]) == ["worker-1"]
+        assert [(line["name"], line["equal"]) for line in compared.lines] == [("worker-0", True), ("worker-1", False)]
+        assert compared.lines[1]["unread"]
 
     with_cluster(test)
 

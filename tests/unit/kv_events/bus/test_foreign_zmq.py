@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 import pytest
 
@@ -154,8 +156,9 @@ def test_a_server_without_a_replay_socket_is_followed_from_now_on() -> None:
     run(test())
 
 
-def test_a_server_without_a_replay_socket_is_told_by_its_messages() -> None:
-    """Where the URL names no dialect."""
+@pytest.mark.parametrize("further", [[], [{"a": 1}]], ids=["known", "longer"])
+def test_a_server_without_a_replay_socket_is_told_by_its_messages(further: list[Any]) -> None:
+    """Where the URL names no dialect; batches of a later release may have further elements."""
 
     async def test() -> None:
         with VllmServer(replays=False) as server:
@@ -163,7 +166,7 @@ def test_a_server_without_a_replay_socket_is_told_by_its_messages() -> None:
                 first = asyncio.create_task(source.snapshot())
                 block = 100
                 while not first.done():
-                    server.publish(stored([block]))
+                    server.publish_payload(msgpack.packb([time.time(), [stored([block])], 0, *further]))
                     block += 1
                     await asyncio.sleep(0.01)
                 await first
