@@ -33,9 +33,9 @@ from kv_events.foreign.events import (
     ForeignUnknown,
 )
 from kv_events.foreign.fields import (
+    FIELDS,
     MAX_FIELDS,
     MAX_INDEX,
-    NAMES,
     POSITIONS,
     event_from,
     event_of,
@@ -197,12 +197,13 @@ def _event(data: bytes, room: _Room) -> ForeignEvent:
 
 
 def _walk(reader: _Reader, room: _Room) -> ForeignEvent:
-    """What event_of(unpackb(...)) says, a field at a time."""
-    kind: Any = None
+    """What event_of(unpackb(...)) says, a field at a time; `reader` is at the start of what it reads."""
+    kind = _kind(reader.again())
+    known = FIELDS.get(kind, ()) if type(kind) is str else ()
     fields: dict[str, Any] = {}
 
     def read(name: object) -> None:
-        if name not in NAMES or (type(kind) is str and kind not in POSITIONS):
+        if name not in known:
             reader.skip()
         elif name == "token_ids":
             fields["token_ids"] = reader.tokens(room.tokens)
@@ -216,17 +217,28 @@ def _walk(reader: _Reader, room: _Room) -> ForeignEvent:
     if reader.at_map():
         for _ in range(reader.map_header("event", MAX_FIELDS)):
             name = reader.value()
-            if name == "type":
-                kind = reader.value()
-            else:
-                read(name if type(name) is str else "")
+            read(name if type(name) is str else "")
     else:
         elements = reader.array_header("event", MAX_FIELDS)
-        kind = reader.value()
+        reader.skip()
         names = POSITIONS.get(kind, ()) if type(kind) is str else ()
         for position in range(elements - 1):
             read(names[position] if position < len(names) else "")
     return event_from(kind, fields)
+
+
+def _kind(reader: _Reader) -> Any:
+    """An event's type, which a map may tell behind its other fields."""
+    if not reader.at_map():
+        reader.array_header("event", MAX_FIELDS)
+        return reader.value()
+    kind = None
+    for _ in range(reader.map_header("event", MAX_FIELDS)):
+        if reader.value() == "type":
+            kind = reader.value()
+        else:
+            reader.skip()
+    return kind
 
 
 class _Reader:
@@ -240,6 +252,10 @@ class _Reader:
         )
         self._unpacker.feed(data)
         self.skip = self._unpacker.skip
+
+    def again(self) -> _Reader:
+        """From the start."""
+        return _Reader(self._data)
 
     def at_map(self) -> bool:
         at = self._byte()

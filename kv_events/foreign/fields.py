@@ -49,7 +49,8 @@ POSITIONS = {
     "BlockRemoved": ("block_hashes", "medium", "group_idx", "locality"),
     "AllBlocksCleared": (),
 }
-NAMES = {*POSITIONS["BlockStored"], "cache_salt"}
+FIELDS = POSITIONS | {"BlockStored": (*POSITIONS["BlockStored"], "cache_salt")}
+"""What maps have; what else they have is passed over."""
 
 
 def event_of(value: Any) -> ForeignEvent:

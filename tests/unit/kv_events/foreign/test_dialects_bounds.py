@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from kv_events import wire
 from kv_events.foreign import dialects, fields
-from kv_events.foreign.dialects import ForeignStored, decode_foreign, dialect_of
+from kv_events.foreign.dialects import ForeignRemoved, ForeignStored, decode_foreign, dialect_of
 from tests.support import golden
 
 GOLDEN = golden.payloads()
@@ -343,3 +343,17 @@ def test_no_bytes_cost_more_than_a_small_multiple_of_themselves(payload: bytes) 
     finally:
         tracemalloc.stop()
     assert peak < 16 * len(payload) + 2**22
+
+
+@pytest.mark.parametrize("padding", [0, 1 << 16])
+@pytest.mark.parametrize("type_first", [True, False])
+def test_a_field_that_a_kind_does_not_have_is_passed_over(padding: int, type_first: bool) -> None:
+    """Whatever is in it, wherever the type stands, and in events that are read field by field, too."""
+    nested: Any = 1
+    for _ in range(50):
+        nested = [nested]
+    kind = {"type": "BlockRemoved"}
+    rest = {"extra_keys": nested, "later": "x" * padding, "block_hashes": [1]}
+    event = kind | rest if type_first else rest | kind
+    batch = decode_foreign(msgpack.packb([1.5, [event], 0]))
+    assert batch.events == (ForeignRemoved((1,)),)
