@@ -17,7 +17,7 @@ from deploy.events.following import following, ticks
 from deploy.events.progress import progress_bar, status_line
 from deploy.events.show import Output
 from deploy.events.targets import Targets, open_targets
-from deploy.events.tree import read_tree
+from deploy.events.tree import NamedTree, read_tree
 from kv_events.bus import Resync
 from kv_events.events import EventBatch, Snapshot
 from kv_events.inspect.diff import (
@@ -124,12 +124,14 @@ def _tell_stream(output: Output, stream: StreamDiff) -> None:
 
 async def _held(target: str, workers: Collection[str]) -> dict[str, HeldState]:
     async with open_targets(target, workers) as targets:
-        return await _held_by(targets, workers)
+        found = await read_tree(targets)
+        for missing in found.left_out:
+            print(f"rhizome: {printable(missing)}", file=sys.stderr)
+        return await _held_by(found, workers)
 
 
-async def _held_by(targets: Targets, workers: Collection[str]) -> dict[str, HeldState]:
+async def _held_by(found: NamedTree, workers: Collection[str]) -> dict[str, HeldState]:
     """Who holds what now, or at a recording's end. A bus's stream is called as its worker."""
-    found = await read_tree(targets)
     names = [name if not workers or name in workers else "" for name in found.names]
     return await asyncio.to_thread(states_of, found.tree, names)
 
@@ -254,7 +256,7 @@ async def _settled(targets: Targets, options: DiffOptions) -> tuple[dict[str, St
                 async for _ in ticking:
                     await followed.refresh()
                     looked_s = time.monotonic()
-                    views = await _held_by(targets, options.workers)
+                    views = await _held_by(await read_tree(targets), options.workers)
                     if truths and not apart():
                         break
         followed.check_reached()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncGenerator, Iterator
 from contextlib import aclosing
@@ -67,7 +68,7 @@ async def run_tail(options: TailOptions) -> None:
     output = Output(as_json=options.as_json)
     printed = 0
     async with open_targets(options.target, options.workers) as targets:
-        if not targets.streams:
+        if not targets.streams and targets.recording is None:
             _print(output, _note_line("", Note("joined", "no worker is there yet")))
         for name, problem in targets.problems.items():
             _print(output, _note_line(name, Note("lost", problem)))
@@ -132,6 +133,8 @@ async def _recorded(path: Path, names: set[str], start: int) -> AsyncGenerator[t
                 item = Note("mark", record.mark())
             yield record.time_ns / 1e9, Named(record.worker, item)
             await asyncio.sleep(0)
+        if not reader.complete:
+            print(f"rhizome: {path} was cut off: this is what is whole", file=sys.stderr)
 
 
 # An event a line.

@@ -107,8 +107,11 @@ def _played(path: Path, names: Collection[str]) -> NamedTree:
         for record in reader.records(names):
             observer.play(record)
             advance(record.offset)
+        complete = reader.complete
     wrong = [report.name for report in observer.reports(time.time()) if not report.synced]
     left_out = [f"{name}: the recording does not add up to what this worker held" for name in wrong]
+    if not complete:
+        left_out.append(f"{path} was cut off: this is what is whole")
     return NamedTree(observer.tree, observer.names, left_out=left_out)
 
 

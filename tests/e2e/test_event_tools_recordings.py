@@ -226,6 +226,17 @@ def test_convert_there_and_back(events: Command, tmp_path: Path) -> None:
     assert (tmp_path / "mended.rhz").read_bytes() == data
 
 
+@pytest.mark.parametrize("command", ["tail", "tree", "stats", "replay"])
+def test_a_recording_that_was_cut_off_is_read_and_said_to_be(events: Command, tmp_path: Path, command: str) -> None:
+    """What is whole of it is shown, and it is no error."""
+    recorded(tmp_path / "a.rhz")
+    (tmp_path / "cut.rhz").write_bytes((tmp_path / "a.rhz").read_bytes()[:-1])
+    told = events(command, tmp_path / "cut.rhz")
+    assert told.code == 0
+    assert told.out
+    assert told.err.count("was cut off: this is what is whole") == 1
+
+
 def test_bad_input_is_one_line_naming_what_is_wrong(events: Command, tmp_path: Path) -> None:
     """Field, value and limit; exit code 2; nothing is written."""
     recorded(tmp_path / "a.rhz")
