@@ -35,6 +35,10 @@ MAX_WAITING = 1024
 """Batches kept while those before them are asked for: 10 s of 10 ms steps, some MiB. Further ones are let go: the
 replay brings them."""
 
+MAX_WAITING_BYTES = 16 * 2**20
+"""Of their payloads, which take about five times as much when they are decoded: a second of the largest batches that a
+server sends in earnest, and 16 KiB for each of MAX_WAITING."""
+
 RECENT = 1024
 """Batches whose times are remembered, to tell a duplicate from a batch of a new process."""
 
@@ -93,6 +97,7 @@ class ForeignStream:
         self._log = EventLog(worker, epoch, mapper.block_size, capacity)
         self._next_seq = 0
         self._waiting: dict[int, ForeignBatch | None] = {}  # None: it came and could not be decoded
+        self._waiting_bytes: dict[int, int] = {}  # of their payloads
         self._recent: dict[int, float] = {}  # applied: sequence number -> time
         self._last_ts = -inf  # of what was applied last; what is older is a former process's
         self._joined = False  # where the stream begins for us is settled
@@ -143,11 +148,11 @@ class ForeignStream:
         decoded = self._decoded(batch)
         if decoded is None:
             if seq >= self._next_seq:
-                self._wait(seq, None)
+                self._wait(seq, None, 0)
         elif seq == self._next_seq and self.in_step and decoded.ts >= self._last_ts:
             self._apply(seq, decoded)
         else:
-            self._place(seq, decoded)
+            self._place(seq, decoded, _size(batch))
         self._go_on()
 
     def begin_replay(self) -> int:
@@ -180,7 +185,7 @@ class ForeignStream:
             self._start_at(seq)  # what comes before is not kept by the server, or cannot be told to be of this process
             replay.verified = True
         if seq > self._next_seq:
-            self._wait(seq, decoded)  # a hole among the answers: another replay may bring it
+            self._wait(seq, decoded, _size(batch))  # a hole among the answers: another replay may bring it
         elif decoded is None:
             self._start_at(seq + 1)  # no replay brings it any better
         else:
@@ -224,12 +229,12 @@ class ForeignStream:
             self.last_problem = str(error)
             return None
 
-    def _place(self, seq: int, batch: ForeignBatch) -> None:
+    def _place(self, seq: int, batch: ForeignBatch, size_bytes: int) -> None:
         """A batch that is not simply the next one."""
         if self._is_of_new_process(seq, batch.ts):
             self._restart(since=batch.ts)
         if seq >= self._next_seq and batch.ts >= self._last_ts:
-            self._wait(seq, batch)
+            self._wait(seq, batch, size_bytes)
             return
         self.counts.duplicates += 1
         if self._recent.get(seq) == batch.ts:
@@ -260,13 +265,19 @@ class ForeignStream:
 
     # What is done with it.
 
-    def _wait(self, seq: int, batch: ForeignBatch | None) -> None:
+    def _wait(self, seq: int, batch: ForeignBatch | None, size_bytes: int) -> None:
         if not self._waiting and self._joined and not self._doubted:
             self.counts.gaps += 1
         if self._waiting.get(seq) is not None:
             self.counts.duplicates += 1
-        elif seq in self._waiting or len(self._waiting) < self._max_waiting:
+        elif (seq in self._waiting or len(self._waiting) < self._max_waiting) and self._has_room(size_bytes):
             self._waiting[seq] = batch
+            self._waiting_bytes[seq] = size_bytes
+
+    def _has_room(self, size_bytes: int) -> bool:
+        """Whether a payload of that size may wait, too."""
+        self._waiting_bytes = {seq: self._waiting_bytes[seq] for seq in self._waiting}
+        return sum(self._waiting_bytes.values()) + size_bytes <= MAX_WAITING_BYTES
 
     def _go_on(self) -> None:
         """Apply what waits, as far as it is known to follow."""
@@ -354,6 +365,10 @@ class ForeignStream:
         self._joined = self._doubted = False
         self._fruitless = 0
         self._replay.void = True  # it is of the former process, or began amid the new one's batches
+
+
+def _size(batch: Offered) -> int:
+    return len(batch) if isinstance(batch, bytes) else 0
 
 
 @dataclass(slots=True)
