@@ -159,7 +159,7 @@ class ForeignStream:
         """The sequence number from which to ask; answers go to `replayed`, until `end_replay`."""
         assert self.needs_replay
         self.counts.replays += 1
-        from_seq = max(0, self._next_seq - (OVERLAP if self._doubted else 1)) if self._joined else 0
+        from_seq = self._begin_of_overlap() if self._joined else 0
         self._replay = _Replay(
             running=True,
             from_seq=from_seq,
@@ -167,6 +167,13 @@ class ForeignStream:
             knew_gap=bool(self._waiting),
             verified=from_seq == self._next_seq,
         )
+        return from_seq
+
+    def _begin_of_overlap(self) -> int:
+        from_seq = max(0, self._next_seq - 1)
+        if self._doubted:
+            while from_seq - 1 in self._recent and self._next_seq - from_seq < OVERLAP:
+                from_seq -= 1
         return from_seq
 
     def replayed(self, seq: int, batch: Offered) -> None:

@@ -287,6 +287,15 @@ def test_a_new_connection_to_the_same_process_changes_nothing() -> None:
     assert (stream.counts.restarts, stream.counts.forgotten, stream.log.epoch) == (0, 0, 7)
 
 
+def test_a_new_connection_soon_after_a_late_join_changes_nothing_either() -> None:
+    """No more is compared than is known."""
+    stream = joined(50, 51)
+    stream.connected()
+    assert OLD.answer(stream, 50, 51, 52) == 50
+    assert held(stream) == {51, 52, 53}
+    assert stream.counts.forgotten == 0
+
+
 def test_a_connection_after_which_nothing_shows_it_to_be_the_same_process_is_not_trusted() -> None:
     """The server keeps but its latest batches: they may be another process's."""
     stream = joined(*range(20))
@@ -307,6 +316,48 @@ def test_a_replay_that_was_under_way_when_the_connection_was_made_anew_counts_no
     assert stream.next_seq == 1
     assert NEW.answer(stream, 0) == 0
     assert stream.counts.restarts == 1
+
+
+def test_what_waited_before_a_new_connection_counts_no_more() -> None:
+    """It is of the former process, or comes again."""
+    stream = ForeignStream("w", IdentityMapper(), 7)
+    OLD.offer(stream, 0)
+    stream.connected()
+    for _ in range(MAX_UNANSWERED):
+        NEW.answer(stream, answered=False)
+    NEW.offer(stream, 1)
+    assert held(stream) == {102}
+
+
+def test_what_the_new_process_does_not_keep_is_not_taken_from_the_former_one() -> None:
+    """Its late batch has the number of one that the new process let go."""
+    stream = joined()
+    stream.connected()
+    OLD.offer(stream, 0)
+    NEW.answer(stream, 1, 2)
+    assert held(stream) == {102, 103}
+
+
+def test_what_waited_of_the_former_process_goes_once_the_new_one_is_known() -> None:
+    """By its time."""
+    stream = joined(0, 1)
+    OLD.offer(stream, 5)
+    NEW.answer(stream, 1, 2)
+    NEW.answer(stream, 0, 1, 2)
+    assert stream.in_step
+    assert held(stream) == {101, 102, 103}
+
+
+def test_where_no_replay_tells_a_late_batch_makes_all_unknown() -> None:
+    """It may be of a former process, or of a new one whose clock is behind: neither's blocks are claimed."""
+    stream = ForeignStream("w", IdentityMapper(), 7)
+    for _ in range(MAX_UNANSWERED):
+        NEW.answer(stream, answered=False)
+    NEW.offer(stream, 0, 1, 2)
+    OLD.offer(stream, 1)
+    assert held(stream) == set()
+    NEW.offer(stream, 3)
+    assert held(stream) == {104}
 
 
 def test_batches_that_wait_in_two_times_are_of_two_processes() -> None:
