@@ -10,7 +10,8 @@ Whatever is not sure is left out, and counted: a view may know too little of a s
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from itertools import chain
 from typing import Protocol
 
 import numpy as np
@@ -25,11 +26,11 @@ from kv_events.wire import MAX_BLOCK_SIZE
 from radix.keys import ROOT_HASH, BlockKeys, Tokens, hashes_of
 from radix.tree import Tier
 
-__all__ = ["IdentityMapper", "KeyMapper", "Mapper"]
+__all__ = ["IdentityMapper", "KeyMapper", "Mapper", "with_joined_removals"]
 
 MAX_ENTRIES = 2**21
 """Foreign blocks and blocks of ours together: 16.8 million tokens in blocks of 16 on both sides, which is 1 TiB of KV
-at 64 KiB a token. Stores beyond it are refused."""
+at 64 KiB a token; about 450 MB here. Stores beyond it are refused."""
 
 MAX_TOMBSTONES = 2**17
 """Blocks that are known and not held, the latest ones: about the pool of a large GPU."""
@@ -60,6 +61,29 @@ class Mapper(Protocol):
     def reset(self) -> None:
         """Another process serves: nothing that was said counts."""
         ...
+
+
+def with_joined_removals(events: Sequence[ForeignEvent]) -> Sequence[ForeignEvent]:
+    """Removals that follow each other as one: vLLM tells of each evicted block by itself."""
+    if len(events) < 2:
+        return events
+    joined: list[ForeignEvent] = []
+    removals: list[ForeignRemoved] = []
+    for event in events:
+        if removals and not (isinstance(event, ForeignRemoved) and event[1:] == removals[0][1:]):
+            joined.append(_as_one(removals))
+            removals = []
+        if isinstance(event, ForeignRemoved):
+            removals.append(event)
+        else:
+            joined.append(event)
+    if removals:
+        joined.append(_as_one(removals))
+    return joined
+
+
+def _as_one(removals: Sequence[ForeignRemoved]) -> ForeignRemoved:
+    return removals[0]._replace(block_hashes=tuple(chain.from_iterable(each.block_hashes for each in removals)))
 
 
 class KeyMapper:

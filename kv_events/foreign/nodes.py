@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from itertools import chain
+from itertools import chain, repeat
 from typing import NamedTuple
 
 from kv_events.foreign.counts import MapCounts
@@ -28,14 +28,22 @@ class Node:
 
     __slots__ = ("children", "followers", "hash", "held", "key", "ours", "parent", "realm", "tail")
 
-    def __init__(self, block_hash: BlockHash, parent: Node | None) -> None:
+    def __init__(
+        self,
+        block_hash: BlockHash,
+        parent: Node | None,
+        realm: Realm | None = None,
+        key: bytes | None = None,
+        ours: tuple[int, ...] = (),
+        held: int = 0,
+    ) -> None:
         self.hash = block_hash
         self.parent = parent  # None: at the root, or not told
-        self.realm: Realm | None = None  # None: it has no key
-        self.key: bytes | None = None  # of the last whole block of ours at or before its end; None: there is none
-        self.ours: tuple[int, ...] = ()  # hashes of the blocks of ours that end in it
+        self.realm = realm  # None: it has no key
+        self.key = key  # of the last whole block of ours at or before its end; None: there is none
+        self.ours = ours  # hashes of the blocks of ours that end in it
         self.tail: Tokens | None = None  # its tokens behind those; None: it ends where a block of ours ends
-        self.held = 0  # bit t: in Tier t
+        self.held = held  # bit t: in Tier t
         self.children = 0
         self.followers: dict[Node, None] | None = None  # the children, where a change of this block may concern them
 
@@ -95,10 +103,18 @@ class OurBlocks:
             if entry is not node:
                 self._share(block, entry)
 
-    def enter_held(self, node: Node, tier: int) -> None:
-        """A node that has just got its key, is held in one tier, and begins where a block of ours begins."""
-        for block in node.ours:
-            entry = self._completed_by.setdefault(block, node)
+    def enter_held(self, blocks: Sequence[int], nodes: Sequence[Node], tier: int) -> None:
+        """Nodes that have just got their keys and are held in one tier: `blocks` are theirs, equally many of each, and
+        none begins before its node."""
+        each = len(blocks) // len(nodes)
+        known = self._completed_by
+        if known.keys().isdisjoint(blocks) and len(set(blocks)) == len(blocks):
+            ends = nodes if each == 1 else chain.from_iterable(map(repeat, nodes, repeat(each)))
+            known.update(zip(blocks, ends, strict=True))
+            return
+        for at, block in enumerate(blocks):
+            node = nodes[at // each]
+            entry = known.setdefault(block, node)
             if entry is not node:
                 self._share(block, entry)
                 self._gains(block, node, tier)
@@ -118,12 +134,11 @@ class OurBlocks:
     def leave(self, node: Node) -> None:
         """A node that is not held goes."""
         for block in node.ours:
-            entry = self._completed_by[block]
+            entry = self._completed_by.get(block)
             if isinstance(entry, Shared):
                 entry.nodes -= 1
-                if entry.nodes:
-                    continue
-            del self._completed_by[block]
+            if entry is node or (isinstance(entry, Shared) and not entry.nodes):
+                del self._completed_by[block]
 
     def forget(self) -> None:
         """No node is held any more."""
@@ -235,22 +250,21 @@ class Forest:
         """A chain of new nodes, held in one tier, whose blocks of ours have these keys. Each begins and ends where a
         block of ours does."""
         each = len(keys) // len(hashes)
-        blocks, data = keys[:, 0].tolist(), keys.tobytes()
+        blocks, data, held = keys[:, 0].tolist(), keys.tobytes(), 1 << tier
         if parent is not None:
             if not parent.children:
                 self._spent.pop(parent, None)
             parent.children += 1
+        nodes = []
         node = parent
         for index, block_hash in enumerate(hashes, 1):
-            node = self.nodes[block_hash] = Node(block_hash, node)
-            node.realm = realm
-            node.key = data[index * each * KEY_BYTES - KEY_BYTES : index * each * KEY_BYTES]
-            node.ours = tuple(blocks[index * each - each : index * each])
-            node.held = 1 << tier
+            key = data[index * each * KEY_BYTES - KEY_BYTES : index * each * KEY_BYTES]
+            node = Node(block_hash, node, realm, key, tuple(blocks[index * each - each : index * each]), held)
             node.children = 1
-            self.ours.enter_held(node, tier)
-        assert node is not None
-        node.children = 0
+            nodes.append(node)
+        nodes[-1].children = 0
+        self.nodes.update(zip(hashes, nodes, strict=True))
+        self.ours.enter_held(blocks, nodes, tier)
 
     def wait(self, node: Node, orphan: Orphan | None) -> None:
         """`node` has no key for now."""

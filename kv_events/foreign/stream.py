@@ -27,7 +27,7 @@ from typing import TypeAlias
 from kv_events.events import AllBlocksCleared, Event
 from kv_events.foreign.dialects import decode_foreign
 from kv_events.foreign.events import ForeignBatch
-from kv_events.foreign.mapper import Mapper
+from kv_events.foreign.mapper import Mapper, with_joined_removals
 from kv_events.log import DEFAULT_CAPACITY, EventLog
 from kv_events.wire import WireError
 
@@ -315,7 +315,7 @@ class ForeignStream:
         self._recent.pop(seq - RECENT, None)
         self.counts.applied += 1
         events: list[Event] = []
-        for event in batch.events:
+        for event in with_joined_removals(batch.events):
             events += self.mapper.map(event)
         if events:
             self._log.block_size = self.mapper.block_size

@@ -6,7 +6,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from kv_events.foreign.events import ForeignBatch, ForeignRemoved, ForeignStored
+from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored
+from kv_events.foreign.events import ForeignBatch, ForeignCleared, ForeignRemoved, ForeignStored
 from kv_events.foreign.mapper import IdentityMapper, KeyMapper
 from kv_events.foreign.stream import (
     MAX_FRUITLESS,
@@ -453,6 +454,24 @@ def test_batches_that_change_nothing_are_not_logged() -> None:
     stream.offer(1, ForeignBatch(1.0, (ForeignStored((9,), spec_kind="mamba"), ForeignRemoved((), "GPU"))))
     assert stream.next_seq == 2
     assert stream.log.next_seq == 1
+
+
+def test_removals_that_follow_each_other_are_one_event() -> None:
+    """vLLM tells of each evicted block by itself; those of another tier, and what comes between, stay apart."""
+    stream = joined(0, 1, 2)
+    gone = tuple(ForeignRemoved((block,)) for block in (3, 2, 1))
+    on_host = ForeignRemoved((9,), "CPU")
+    stream.offer(3, ForeignBatch(3.0, (*gone, on_host, *OLD.batch(3).events, *gone[:1], ForeignCleared())))
+    (batch,) = stream.log.since(3)
+    assert [type(event) for event in batch.events] == [
+        BlockRemoved,
+        BlockRemoved,
+        BlockStored,
+        BlockRemoved,
+        AllBlocksCleared,
+    ]
+    assert isinstance(batch.events[0], BlockRemoved)
+    assert batch.events[0].block_hashes.tolist() == [3, 2, 1]
 
 
 def test_the_log_has_the_mappers_block_size() -> None:
