@@ -8,13 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, replace
 
+from kv_events.bus import EventSource
 from kv_events.bus.follow import follow
 from kv_events.bus.redis_stream import without_login
 from kv_events.bus.url import BusUrl, open_source, parse_bus_url
+from kv_events.events import EventBatch, Snapshot
 from rhizome.errors import InvalidRequest
 from rhizome.validate import check_name
 from router.core import Router
@@ -62,12 +64,34 @@ async def observing(router: Router, servers: Sequence[Observed], secret: bytes) 
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
+class RenamedSource:
+    """An EventSource whose worker goes by another name here: a worker of another fleet keeps its own on its bus."""
+
+    def __init__(self, source: EventSource, worker_id: str) -> None:
+        self._source = source
+        self._worker_id = worker_id
+
+    async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
+        async with aclosing(self._source.subscribe(epoch, from_seq)) as batches:
+            async for batch in batches:
+                yield self._renamed(batch)
+
+    async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
+        return list(map(self._renamed, await self._source.replay(epoch, from_seq)))
+
+    async def snapshot(self) -> Snapshot:
+        return replace(await self._source.snapshot(), worker=self._worker_id)
+
+    def _renamed(self, batch: EventBatch) -> EventBatch:
+        return batch if batch.worker == self._worker_id else batch._replace(worker=self._worker_id)
+
+
 async def _follow(router: Router, server: Observed, secret: bytes) -> None:
     view = router.view(server.worker_id)
     while True:
         try:
             async with open_source(server.bus, secret=secret) as source:
-                await follow(source, view, name=server.worker_id)
+                await follow(RenamedSource(source, server.worker_id), view, name=server.worker_id)
         except Exception:  # a defect here must not leave a server without its index for good
             logger.exception("observed worker %s: following its events failed", server.worker_id)
             await asyncio.sleep(RETRY_S)

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
+import numpy as np
 import pytest
 
+from kv_events.bus.url import publishing
+from kv_events.events import BlockRemoved, BlockStored
+from kv_events.log import EventLog
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import fleet_pb2, router_pb2
 from router.observed import parse_observed
-from tests.support.router_cluster import PROMPT, Cluster, refusal, with_cluster
+from tests.support.router_cluster import PROMPT, Cluster, cluster, refusal, with_cluster
 from tests.support.scripted_worker import MODEL
 from tests.support.vllm_server import VllmServer, removed, stored
 
@@ -67,6 +73,27 @@ def test_an_observed_server_that_restarts_is_known_to_hold_nothing_of_before() -
     first = VllmServer()
     first.__enter__()
     with_cluster(test, observe=[f"vllm-0={vllm_url(first)}"])
+
+
+@pytest.mark.parametrize("scheme", ["memory", "grpc"])
+def test_another_fleets_worker_may_be_observed_under_another_name(scheme: str) -> None:
+    """It publishes under its own; gaps, snapshots and restarts are as with the router's own workers."""
+
+    async def main() -> None:
+        log = EventLog("their-worker", 1, 16, capacity=2)
+        for number in range(1, 6):  # more than it keeps: a snapshot is needed
+            log.append([BlockStored(np.array([number], np.uint64), number - 1, 16)], 0.0)
+        url = {"memory": "memory://theirs", "grpc": "grpc://127.0.0.1:0"}[scheme]
+        async with publishing(log, url) as read_at, cluster(observe=[f"w9={read_at}"]) as running:
+            await running.until(lambda entry: entry is not None and entry.indexed_blocks == 5, "w9")
+            log.append([BlockRemoved(np.array([5], np.uint64))], 0.0)
+            await running.until(lambda entry: entry is not None and entry.indexed_blocks == 4, "w9")
+            entry = await running.entry("w9")
+            assert entry is not None
+            assert entry.index_synced
+            assert entry.index_digest == log.digest
+
+    asyncio.run(main())
 
 
 def test_a_worker_cannot_join_under_the_name_of_an_observed_server() -> None:
