@@ -49,6 +49,8 @@ def test_bad_input_is_one_line_naming_what_is_wrong(tiny_model: Path, tmp_path: 
     assert "--insecure" in refused("router", "--host", "0.0.0.0", "--port", "0")
     assert "policy is 'dice': one of " in refused("router", "--policy", "dice", "--port", "0")
     assert "max_blocks is 0: 1 to 536870912" in refused("router", "--max-blocks", "0", "--port", "0")
+    assert "observe is 'vllm-0': NAME=URL" in refused("router", "--observe", "vllm-0", "--port", "0")
+    assert "model and block_size together" in refused("router", "--observe", "v=zmq://h:1?model=m", "--port", "0")
     assert "does not exist or is empty" in refused("model", "tiny", "--out", str(tmp_path))
 
 

@@ -68,6 +68,32 @@ def test_the_holder_is_chosen_and_every_term_is_shown() -> None:
     )
 
 
+def test_observed_workers_are_explained_and_get_no_requests() -> None:
+    """However much they hold; without the cache they count for nothing. A decision to route does not depend on them."""
+    router = router_with(info("w0"))
+    router.observe("vllm-0", "zmq://h:1")
+    router.observe("vllm-1", "zmq://h:3")
+    hold(router, "vllm-0", PROMPT)
+    decision = router.explain(request(prompt_tokens=96))
+    assert [candidate.worker_id for candidate in decision.candidates] == ["w0"]
+    assert [(each.worker_id, each.cached_tokens) for each in decision.observed] == [("vllm-0", 80), ("vllm-1", 0)]
+    bypassed = router.explain(request(bypass_prefix_cache=True))
+    assert [each.cached_tokens for each in bypassed.observed] == [0, 0]
+    assert router.route(request(), 0.0).worker_id == "w0"
+
+
+def test_a_name_is_observed_or_registered_and_not_both() -> None:
+    """Nor observed twice: its blocks would be another's."""
+    router = router_with(info("w0"))
+    router.observe("vllm-0", "zmq://h:1")
+    with pytest.raises(Conflict, match="observed"):
+        router.register(info("vllm-0"), 0.0)
+    for taken in ("vllm-0", "w0"):
+        with pytest.raises(InvalidRequest, match="observe"):
+            router.observe(taken, "zmq://h:1")
+    assert list(router.observed) == ["vllm-0"]
+
+
 def test_the_last_token_is_always_to_be_computed() -> None:
     """A prompt that is held whole still computes its last block: blocks are reused whole."""
     router = router_with(info("w0"))
