@@ -165,6 +165,11 @@ async def pages(
         subject.unsubscribe(signal)
 
 
+SIGNAL_DELAY_S = 0.0005
+"""From the news to its being heard: what a loop does about it (encoding, sending) begins once the engine's step is over,
+instead of taking the interpreter from it."""
+
+
 class Signal:
     """Carries "something is new" from any thread to the loop that made it, at most once until it is heard."""
 
@@ -176,7 +181,7 @@ class Signal:
     def __call__(self) -> None:
         if not self._pending:
             self._pending = True
-            self._loop.call_soon_threadsafe(self._event.set)
+            self._loop.call_soon_threadsafe(self._loop.call_later, SIGNAL_DELAY_S, self._event.set)
 
     async def wait(self) -> None:
         """Until something is new since the last wait."""

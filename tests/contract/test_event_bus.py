@@ -503,6 +503,7 @@ def test_a_subscription_does_not_go_on_into_another_epoch(url: str) -> None:
                             await anext(batches)
                         with pytest.raises(Conflict):
                             await source.replay(5, 1)
+                        await arrival(source, log)
                         assert len(await source.replay(6, 0)) == 4
 
     run(test())
