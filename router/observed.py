@@ -50,6 +50,20 @@ def parse_observed(text: str) -> Observed:
     return Observed(name, bus)
 
 
+def warn_of_other_block_sizes(servers: Sequence[Observed], model: str, block_size: int) -> None:
+    """For servers whose URLs give their blocks the keys of another size than the fleet's: no prompt will match them."""
+    for server in servers:
+        if server.bus.model == model and server.bus.block_size != block_size:
+            logger.warning(
+                "observed worker %s: its URL says block_size=%d, but the workers of model %s have blocks of %d tokens: "
+                "nothing of it will match (the server's own block size does not matter)",
+                server.worker_id,
+                server.bus.block_size,
+                model,
+                block_size,
+            )
+
+
 @asynccontextmanager
 async def observing(router: Router, servers: Sequence[Observed], secret: bytes) -> AsyncIterator[None]:
     """Keep the router's index in step with all `servers` until left. Raises InvalidRequest for a name given twice."""

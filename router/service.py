@@ -29,7 +29,7 @@ from router.messages import (
     worker_info,
     worker_report,
 )
-from router.observed import observing, parse_observed
+from router.observed import Observed, observing, parse_observed, warn_of_other_block_sizes
 from router.policy import Decision, PredictedTtft
 from router.whole_tree import TreeSender
 
@@ -198,9 +198,10 @@ class RouterService:
 class FleetService:
     """rhizome.v1.Fleet."""
 
-    def __init__(self, router: Router, links: Links, secret: bytes) -> None:
+    def __init__(self, router: Router, links: Links, observed: Sequence[Observed], secret: bytes) -> None:
         self._router = router
         self._links = links
+        self._observed = observed
         self._secret = secret
 
     async def register(self, request: fleet_pb2.RegisterRequest, context: rpc.Context) -> fleet_pb2.RegisterResponse:
@@ -215,6 +216,7 @@ class FleetService:
                 former = f"epoch {known.info.epoch} at {known.info.address}"
                 logger.warning("worker %s: %s is replaced; ids must be unique", info.worker_id, former)
             logger.info("worker %s of epoch %d joined from %s", info.worker_id, info.epoch, info.address)
+            warn_of_other_block_sizes(self._observed, info.model.name, info.model.block_size)
             self._links.open(info)
         return fleet_pb2.RegisterResponse(
             lease_s=self._router.fleet.lease_s,
@@ -326,7 +328,7 @@ async def running_router(
     links = Links(router)
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
-        _handlers(RouterService(router, links, secret), FleetService(router, links, secret))
+        _handlers(RouterService(router, links, secret), FleetService(router, links, observed, secret))
     )
     expiry = asyncio.create_task(_expire(router, links))
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 
 import grpc
 import numpy as np
@@ -73,6 +74,22 @@ def test_an_observed_server_that_restarts_is_known_to_hold_nothing_of_before() -
     first = VllmServer()
     first.__enter__()
     with_cluster(test, observe=[f"vllm-0={vllm_url(first)}"])
+
+
+def test_a_block_size_in_the_url_that_is_not_the_fleets_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing would match, and nobody would know why. The server's own block size may be any."""
+
+    async def test(running: Cluster) -> None:
+        with caplog.at_level(logging.WARNING, "router.observed"):
+            await running.join("worker-0")
+        (warning,) = [record.getMessage() for record in caplog.records if record.name == "router.observed"]
+        assert "observed worker wrong" in warning
+        assert "block_size=32" in warning
+
+    urls = [
+        f"{name}=zmq://127.0.0.1:9?model={MODEL}&block_size={size}" for name, size in (("right", 16), ("wrong", 32))
+    ]
+    with_cluster(test, observe=urls)
 
 
 @pytest.mark.parametrize("scheme", ["memory", "grpc"])
