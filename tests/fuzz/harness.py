@@ -6,6 +6,7 @@ With files it reads those and ends: so a finding is seen again.
 from __future__ import annotations
 
 import sys
+import time
 
 import atheris
 
@@ -13,10 +14,21 @@ with atheris.instrument_imports(include=["kv_events"], enable_loader_override=Fa
     from tests.fuzz.targets import TARGETS
 
 
+SLOWEST_S = 5.0
+"""Of processor time, for one input: libFuzzer's own limit is of time on the clock, and machines stall."""
+
+
 def main() -> None:
     """Never returns: libFuzzer ends the process."""
-    name = sys.argv.pop(1)
-    atheris.Setup(sys.argv, TARGETS[name].read)
+    target = TARGETS[sys.argv.pop(1)]
+
+    def read(data: bytes) -> None:
+        started_s = time.process_time()
+        target.read(data)
+        took_s = time.process_time() - started_s
+        assert took_s < SLOWEST_S, f"one input took {took_s:.1f} s"
+
+    atheris.Setup(sys.argv, read)
     atheris.Fuzz()
 
 

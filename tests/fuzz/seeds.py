@@ -12,10 +12,11 @@ import msgpack
 import numpy as np
 
 from kv_events import wire
-from kv_events.bus import zmq_frames
+from kv_events.bus import grpc, zmq_frames
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, Snapshot, UnknownEvent
-from kv_events.inspect import recording, recording_format
+from kv_events.inspect import jsonl, recording, recording_format
 from kv_events.snapshot_bytes import encode_snapshot
+from rhizome.v1 import worker_pb2
 from tests.support import golden
 
 _CHECK_BYTES = 16
@@ -148,3 +149,18 @@ def frames() -> list[bytes]:
     sent.append(zmq_frames.encode_answer(3, answer, [b"part"]))
     topics = [b"kv@w0@model", zmq_frames.goodbye(1, 2), b"12-34"]
     return [b"\xff".join(each) for each in sent] + [b"!" + each[-1] for each in sent[1:-1]] + topics
+
+
+def lines() -> list[bytes]:
+    """A recording as JSON lines, whole and line by line behind its header."""
+    with recording.RecordingReader(io.BytesIO(_recording(2**20, closed=True))) as reader:
+        written = [line.encode() for line in jsonl.record_lines(reader.created_ns, reader.records())]
+    return [b"\n".join(written), *(written[0] + b"\n" + line for line in written[1:])]
+
+
+def messages() -> list[bytes]:
+    """Frames of batches and chunks of snapshots, of a worker's gRPC service."""
+    chunks = [chunk for snapshot in _snapshots() for chunk in grpc._chunks(snapshot)]
+    payloads = batches()[:6]
+    frames = [worker_pb2.EventFrame(seq=3, payload=payloads[0]), worker_pb2.EventFrame(payload=b"", more=payloads[2:5])]
+    return [message.SerializeToString() for message in (*chunks, *frames)]

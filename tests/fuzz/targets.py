@@ -17,15 +17,17 @@ import msgpack
 import numpy as np
 
 from kv_events import wire
-from kv_events.bus import redis_stream, zmq_frames
+from kv_events.bus import grpc, redis_stream, zmq_frames
 from kv_events.columns import changes_of
 from kv_events.events import EventBatch
 from kv_events.foreign import dialects
 from kv_events.foreign.fields import event_of
-from kv_events.inspect import recording, recording_format
+from kv_events.inspect import jsonl, recording, recording_format
 from kv_events.snapshot_bytes import decode_snapshot, encode_snapshot
 from kv_events.wire import WireError
 from radix.backend import native
+from rhizome.errors import InvalidRequest
+from rhizome.v1 import worker_pb2
 from tests.fuzz import foreign_stream, seeds
 
 
@@ -180,6 +182,29 @@ def read_frames(data: bytes) -> None:
         redis_stream.StreamId.parse(data)
 
 
+def read_lines(data: bytes) -> None:
+    """JSON lines into a recording: what is taken can be read from it."""
+    file = io.BytesIO()
+    with mock.patch.object(file, "close"), suppress(InvalidRequest):
+        lines = data.decode(errors="surrogateescape").split("\n")
+        jsonl.read_lines(lines, lambda created_ns: recording.RecordingWriter(file, created_ns))
+        with recording.RecordingReader(file) as reader:
+            for line in jsonl.record_lines(reader.created_ns, reader.records()):
+                assert line
+
+
+def read_chunk(data: bytes) -> None:
+    """A message of a worker's gRPC service, as a frame of batches and as a whole snapshot of one chunk."""
+    with suppress(WireError):
+        frame = grpc._parsed(worker_pb2.EventFrame, data)
+        for payload in (frame.payload, *frame.more):
+            read_batch(payload)
+    with suppress(WireError):
+        chunk = grpc._parsed(worker_pb2.SnapshotChunk, data)
+        snapshot = grpc._assembled(chunk, chunk.block_hashes, chunk.parent_hashes, chunk.tier_masks)
+        assert encode_snapshot(decode_snapshot(encode_snapshot(snapshot))) == encode_snapshot(snapshot)
+
+
 TARGETS = {
     "wire": Target(read_batch, seeds.batches, 3),
     "wire-native": Target(read_batch_twice, seeds.batches, 3),
@@ -189,5 +214,7 @@ TARGETS = {
     "snapshot": Target(read_snapshot, seeds.snapshots, 1, 1024),
     "recording": Target(read_recording, seeds.recordings, 1, 2048),
     "recording-index": Target(read_index, seeds.indices, 1, 1024),
+    "json-lines": Target(read_lines, seeds.lines, 1, 2048),
+    "grpc": Target(read_chunk, seeds.messages, 1, 1024),
     "frames": Target(read_frames, seeds.frames, 1, 1024),
 }
