@@ -47,7 +47,9 @@ def settled(router: FakeRouter, *logs: EventLog) -> dict[str, StateDiff]:
     async def test() -> dict[str, StateDiff]:
         targets = Targets("router", router=router)  # type: ignore[arg-type]
         try:
-            return await diff._settled(targets, DiffOptions("router"))
+            diffs, unread = await diff._settled(targets, DiffOptions("router"))
+            assert not unread
+            return diffs
         finally:
             await targets.close()
 
