@@ -166,7 +166,7 @@ async def pages(
 
 
 SIGNAL_DELAY_S = 0.0005
-"""From the news to its being heard: what a loop does about it (encoding, sending) begins once the engine's step is over,
+"""From the news to its being heard: what a loop does about it (encoding, sending) begins after the engine's step,
 instead of taking the interpreter from it."""
 
 
