@@ -140,12 +140,6 @@ class OurBlocks:
             if entry is node or (isinstance(entry, Shared) and not entry.nodes):
                 del self._completed_by[block]
 
-    def forget(self) -> None:
-        """No node is held any more."""
-        for entry in self._completed_by.values():
-            if isinstance(entry, Shared):
-                entry.holders = [0] * len(Tier)
-
     def hold(self, node: Node, tier: int) -> Iterator[tuple[int, int]]:
         """A node's bit of `tier` was just set. Yields the blocks of ours that are held there now and were not, each
         with its parent."""
@@ -303,19 +297,37 @@ class Forest:
             self._drop(next(iter(self._spent)))
 
     def forget(self) -> None:
-        """No node is held any more; those without a key go."""
-        for node in self.waiting:
-            del self.nodes[node.hash]
+        """No node is held any more; those without a key go, and all but the latest tombstones."""
+        kept, shared = self._latest(self._max_tombstones), self._counts.shared
+        self.nodes = {node.hash: node for node in kept}
+        self.ours = OurBlocks(self._counts)
         self.waiting.clear()
         self._waiting_tokens = 0
-        for node in self.nodes.values():
-            node.held = 0
+        for node in kept:
+            node.held = node.children = 0
+        for node in kept:
+            self.ours.enter(node)
+            if node.parent is not None:
+                node.parent.children += 1
             if node.followers is not None:
-                node.followers = {child: None for child in node.followers if child.realm is not None}
-        self.ours.forget()
-        self._unheld = len(self.nodes)
-        self._spent = OrderedDict.fromkeys(node for node in self.nodes.values() if not node.children)
-        self.trim_tombstones()
+                node.followers = {child: None for child in node.followers if self.nodes.get(child.hash) is child}
+        self._unheld = len(kept)
+        self._spent = OrderedDict.fromkeys(node for node in kept if not node.children)
+        self._counts.shared = shared
+
+    def _latest(self, most: int) -> list[Node]:
+        """At most so many nodes that have a key, with all their ancestors, the latest last."""
+        latest: dict[Node, None] = {}
+        for node in reversed(self.nodes.values()):
+            path: list[Node] = []
+            above: Node | None = node
+            while above is not None and above.realm is not None and above not in latest:
+                path.append(above)
+                above = above.parent
+            if len(latest) + len(path) > most:
+                break
+            latest.update(dict.fromkeys(path))
+        return list(latest)[::-1]
 
     def drop_tree(self, root: Node) -> None:
         """A node without a key goes, and with it those that wait for it: all that follow it."""

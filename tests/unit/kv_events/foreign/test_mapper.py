@@ -385,6 +385,18 @@ def test_what_hashes_mean_outlives_a_gap() -> None:
     assert known.counts.get("orphans") is None
 
 
+def test_of_what_was_known_before_a_gap_the_latest_is_kept() -> None:
+    """Within the bound of tombstones, with all that it follows; what waited is gone."""
+    known = Known(KeyMapper(MODEL, B, max_tombstones=10))
+    known.take(stored(range(1, 9)), stored([77], parent=76), stored(range(11, 19), 100))
+    known.mapper.forget()
+    known.take()
+    known.follower.held.clear()
+    known.take(stored([19], 100 + 8 * B, parent=18), stored([9], 8 * B, parent=8), stored([76]))
+    assert known.follower.held == {(DEVICE, keys(range(100, 136))[8]), (DEVICE, keys(range(4))[0])}
+    assert known.counts["orphans"] == 2
+
+
 def test_another_process_starts_anew() -> None:
     """Its hashes may mean anything, its groups may be others."""
     known = Known()
