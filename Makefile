@@ -35,7 +35,7 @@ demo: install
 	$(BIN)/rhizome demo
 
 test: native check
-	RHIZOME_RADIX=native $(BIN)/pytest -m 'not slow'
+	RHIZOME_RADIX=native $(BIN)/pytest -m 'not slow' --numprocesses auto --dist worksteal
 
 test-slow: native
 	RHIZOME_RADIX=native $(BIN)/pytest -m slow --timeout=3600

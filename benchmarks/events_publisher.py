@@ -25,7 +25,7 @@ DEAD = "redis://127.0.0.1:1/bench"  # nobody listens there
 
 def publisher_rows(bench: Bench) -> list[Row]:
     """An append by itself; then in steps of 10 ms, beside stalled readers of each transport."""
-    rows = [_append_row(bench)]
+    rows = [_append_row(bench), _unpublished_row(bench)]
     for transport in bench.transports:
         if transport != "redis":
             rows += _step_rows(bench, transport)
@@ -45,6 +45,13 @@ def _append_row(bench: Bench) -> Row:
         samples.add(OURS, (time.perf_counter_ns() - start) / share / 1e3)
     note = "a batch of 16 blocks, stored or removed, one after the other: numbered, digested and kept"
     return bench.row("append", "us", samples, note=note)
+
+
+def _unpublished_row(bench: Bench) -> Row:
+    """The same steps without a publisher: an append after 10 ms of other work, its code and data out of the caches."""
+    with process(_steps, "", cores=bench.other_cores) as (_, connection):
+        answer(connection)
+        return _row(bench, "publish nothing", connection)
 
 
 def _step_rows(bench: Bench, transport: str) -> list[Row]:
@@ -98,7 +105,7 @@ def _steps(connection: Connection, url: str) -> None:
         engine = Engine(log)
         engine.step()
         async with AsyncExitStack() as stack:
-            where = await stack.enter_async_context(publishing(log, url))
+            where = await stack.enter_async_context(publishing(log, url)) if url else ""
             connection.send(where)
             while True:
                 try:

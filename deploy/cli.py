@@ -209,7 +209,7 @@ def tiny(
 def main() -> None:
     """Entry point: errors that a person can mend become one line."""
     try:
-        app()
+        app(prog_name="rhizome")
     except RhizomeError as error:
         sys.exit(_fail(str(error), 2 if error.code in BAD_INPUT else 1))
     except ModuleNotFoundError as error:

@@ -94,11 +94,13 @@ class ForeignZmqSource(PublicationSource):
         """Leave the server; subscriptions end."""
         for task in self._tasks:
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        for socket in self._closing:
-            socket.close()
-        if self._stream is not None:
-            self._stream.close()
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:  # cancelled meanwhile, too
+            for socket in self._closing:
+                socket.close()
+            if self._stream is not None:
+                self._stream.close()
 
     def _start(self) -> None:
         live = subscriber(self._bus.topic.encode())

@@ -88,9 +88,11 @@ async def is_ours(bus: BusUrl) -> bool:
     finally:
         for task in hearing:
             task.cancel()
-        await asyncio.gather(*hearing, return_exceptions=True)
-        for socket in (asking, monitor, live):
-            socket.close()
+        try:
+            await asyncio.gather(*hearing, return_exceptions=True)
+        finally:  # cancelled once more, too
+            for socket in (asking, monitor, live):
+                socket.close()
 
 
 async def _answered(asking: LoopSocket) -> bool:

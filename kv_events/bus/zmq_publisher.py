@@ -92,9 +92,11 @@ class ZmqPublisher:
         """Stop serving. What was published may still leave for a moment."""
         for task in list(self._tasks):
             task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._asked.close()
-        self._live.close(GOODBYE_LINGER_MS)
+        try:
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+        finally:  # cancelled meanwhile, too
+            self._asked.close()
+            self._live.close(GOODBYE_LINGER_MS)
 
     def _start_task(self, work: Coroutine[Any, Any, None]) -> asyncio.Task[None]:
         task = asyncio.create_task(work)

@@ -288,7 +288,7 @@ class _Reader:
         if not self._at_array():
             return self.value()  # type: ignore[no-any-return] # refused where it is looked at, unless nil
         count = self.array_header("token_ids", limit)
-        in_pairs = count and self._byte() == 0x92
+        in_pairs = count and self._at_array()
         chunks = self._small_values(count) if in_pairs else self._scalars("token_ids", count)
         tokens = [tokens_of(chunk) for chunk in chunks]
         return np.concatenate(tokens) if tokens else NO_TOKENS

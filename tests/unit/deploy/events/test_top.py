@@ -93,7 +93,7 @@ class Screen:
 def with_screen(test: Callable[[Screen], Awaitable[None]], picture: Picture = PICTURE) -> None:
     async def main() -> None:
         model = Still(picture)
-        app = TopApp(model, interval_s=0.01)
+        app = TopApp(model, interval_s=0.1)  # at rest between: a press waits for that
         async with asyncio.timeout(60), app.run_test(size=(140, 40)) as pilot:
             screen = Screen(app, pilot, model)
             await screen.looked_again()
