@@ -65,6 +65,10 @@ class WorkerReport:
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    prefill_attention: float = 0.0
+    prefill_decodes: int = 0
+    prefill_context: int = 0
+    decode_context: int = 0
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0

@@ -33,7 +33,11 @@ class Output:
 
 @dataclass(slots=True)
 class StepTimes:
-    """Since the start. A step that holds any prefill counts as prefill, the others as decode."""
+    """Since the start. A step that holds any prefill counts as prefill, the others as decode.
+
+    Attention is counted in pairs of a new token and one before it: new * (start + new / 2) for each prefill chunk;
+    context in tokens that a decoded one reads, itself included.
+    """
 
     prefill_steps: int = 0
     prefill_tokens: int = 0
@@ -41,6 +45,10 @@ class StepTimes:
     decode_steps: int = 0
     decode_tokens: int = 0
     decode_s: float = 0.0
+    prefill_attention: float = 0.0
+    prefill_decodes: int = 0  # tokens decoded in steps that count as prefill
+    prefill_context: int = 0  # of these
+    decode_context: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,15 +246,22 @@ class Engine:
 
     def _count(self, step: list[Scheduled], seconds: float) -> None:
         # The token that a decode computes is the last of its sequence and an output token.
-        prefill = sum(entry.num_tokens for entry in step if entry.num_tokens > 1)
-        if prefill:
-            self._times.prefill_steps += 1
-            self._times.prefill_tokens += prefill
-            self._times.prefill_s += seconds
+        times = self._times
+        chunks = [(entry.sequence.computed, entry.num_tokens) for entry in step if entry.num_tokens > 1]
+        decodes = len(step) - len(chunks)
+        context = sum(entry.sequence.computed for entry in step if entry.num_tokens == 1)
+        if chunks:
+            times.prefill_steps += 1
+            times.prefill_tokens += sum(new for _, new in chunks)
+            times.prefill_attention += sum(new * (end - new / 2) for end, new in chunks)
+            times.prefill_decodes += decodes
+            times.prefill_context += context
+            times.prefill_s += seconds
         else:
-            self._times.decode_steps += 1
-            self._times.decode_tokens += len(step)
-            self._times.decode_s += seconds
+            times.decode_steps += 1
+            times.decode_tokens += decodes
+            times.decode_context += context
+            times.decode_s += seconds
 
     def _note(self, request_id: str, *, ended: bool) -> None:
         position = self._progress[-1][0] + 1 if self._progress else 0

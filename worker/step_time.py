@@ -78,7 +78,7 @@ HARDWARE: dict[str, Hardware] = {
         ),
         Hardware(
             name="8b-1xh100",
-            source="the polynomials of Dynamo's mocker (github.com/ai-dynamo/dynamo, lib/mocker), fitted to these terms",
+            source="the polynomials of Dynamo's mocker (github.com/ai-dynamo/dynamo, lib/mocker), fitted to our terms",
             steps=StepTimeModel(
                 16.5e-3,
                 5.74e-3,

@@ -370,6 +370,21 @@ def test_step_times_are_told_apart() -> None:
     assert times.decode_s == 2.0
 
 
+def test_the_work_of_steps_is_counted() -> None:
+    """Attention of chunks, and the context that decodes read, in both kinds of steps: a fit of step times needs it."""
+    engine = make_engine()
+    engine.add(request("a", [1, 2, 3], dataclasses.replace(GREEDY, max_tokens=4)))
+    engine.step()  # a: 3 new tokens
+    engine.add(request("b", list(range(1, 11)), dataclasses.replace(GREEDY, max_tokens=1)))
+    engine.step()  # a decodes its 4th token, b takes the 7 tokens that are left of 8
+    engine.step()  # a decodes its 5th, b takes 3 after 7
+    engine.step()  # a alone, its 6th
+    times = engine.status().times
+    assert times.prefill_attention == 3 * 3 / 2 + 7 * 7 / 2 + 3 * (7 + 3 / 2)
+    assert (times.prefill_decodes, times.prefill_context) == (2, 4 + 5)
+    assert (times.decode_tokens, times.decode_context) == (1, 6)
+
+
 def test_an_engine_tells_tokens_in_its_events_where_it_is_set_to() -> None:
     """Prompt and answer, as they fill blocks; by default none."""
     prompt = list(range(1, 10))
