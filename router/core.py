@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from kv_events.view import WorkerView
@@ -214,10 +214,28 @@ class Router:
             f"{request.prompt_tokens} prompt tokens cached; {why}",
             prompt_tokens=request.prompt_tokens,
             candidates=(chosen, *others),
-            observed=tuple(
-                Overlap(worker_id, _cached_tokens(request.prompt_tokens, depths.get(worker_id, 0), card.block_size))
-                for worker_id in self.observed
-            ),
+            observed=self._overlaps(request, depths, card.block_size),
+        )
+
+    def explain_observed(self, request: RouteRequest, block_size: int) -> Decision:
+        """What observed workers hold of a request for a model that no worker serves: nobody is chosen."""
+        return Decision(
+            request_id=request.request_id,
+            worker_id="",
+            epoch=0,
+            address="",
+            policy="",
+            reason=f"no worker can be chosen: none is registered for model {request.model}, observed ones get no "
+            "requests",
+            prompt_tokens=request.prompt_tokens,
+            candidates=(),
+            observed=self._overlaps(request, self.index.match(request.hashes), block_size),
+        )
+
+    def _overlaps(self, request: RouteRequest, depths: Mapping[str, int], block_size: int) -> tuple[Overlap, ...]:
+        return tuple(
+            Overlap(worker_id, _cached_tokens(request.prompt_tokens, depths.get(worker_id, 0), block_size))
+            for worker_id in self.observed
         )
 
     def first_token(self, request_id: str, now: float) -> None:

@@ -17,13 +17,18 @@ from kv_events.bus.follow import follow
 from kv_events.bus.redis_stream import without_login
 from kv_events.bus.url import BusUrl, open_source, parse_bus_url
 from kv_events.events import EventBatch, Snapshot
-from rhizome.errors import InvalidRequest
+from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.validate import check_name
 from router.core import Router
+from router.fleet import ModelCard
 
 logger = logging.getLogger(__name__)
 
 RETRY_S = 5.0
+
+LONGEST_PROMPT = 2**24
+LARGEST_VOCABULARY = 2**31
+"""Of a model that nobody serves here: its limits are not known."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,6 +53,26 @@ def parse_observed(text: str) -> Observed:
     if bus.scheme == "zmq" and not bus.worker:
         bus = replace(bus, worker=name)
     return Observed(name, bus)
+
+
+def observed_card(servers: Sequence[Observed], model: str) -> ModelCard:
+    """What a prompt's keys are made by where no worker serves a model and observed servers do, by their URLs.
+
+    `model` is empty where there is only one. Raises Unavailable where no URL tells, InvalidRequest where several do.
+    """
+    sizes: dict[str, int] = {}
+    for server in servers:
+        if server.bus.model:
+            sizes.setdefault(server.bus.model, server.bus.block_size)
+    if not sizes:
+        raise Unavailable("no worker is registered, and no observed server's URL has model= and block_size=")
+    if not model and len(sizes) > 1:
+        raise InvalidRequest("model", model, f"several are observed, name one of: {', '.join(sorted(sizes))}")
+    name = model or next(iter(sizes))
+    if name not in sizes:
+        known = ", ".join(sorted(sizes))
+        raise Unavailable(f"no worker is registered, and no observed server's URL has model={name!r}, only: {known}")
+    return ModelCard(name, LONGEST_PROMPT, LARGEST_VOCABULARY, sizes[name], "")
 
 
 def warn_of_other_block_sizes(servers: Sequence[Observed], model: str, block_size: int) -> None:

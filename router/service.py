@@ -29,7 +29,7 @@ from router.messages import (
     worker_info,
     worker_report,
 )
-from router.observed import Observed, observing, parse_observed, warn_of_other_block_sizes
+from router.observed import Observed, observed_card, observing, parse_observed, warn_of_other_block_sizes
 from router.policy import Decision, PredictedTtft
 from router.whole_tree import TreeSender
 
@@ -55,9 +55,10 @@ class WorkerLost(Unavailable):
 class RouterService:
     """rhizome.v1.Router."""
 
-    def __init__(self, router: Router, links: Links, secret: bytes) -> None:
+    def __init__(self, router: Router, links: Links, observed: Sequence[Observed], secret: bytes) -> None:
         self._router = router
         self._links = links
+        self._observed = observed
         self._secret = secret
         self._trees = TreeSender(router.fleet, router.index)
 
@@ -111,9 +112,22 @@ class RouterService:
         )
 
     async def explain(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> router_pb2.Decision:
-        """What route would decide."""
+        """What route would decide; where there are only observed servers, what they hold of the prompt."""
+        fleet, observed = self._router.fleet, {server.bus.model for server in self._observed}
+        if observed and not fleet.serving(request.model) and (request.model in observed - {""} or not len(fleet)):
+            return await self._explain_observed(request)
         prepared = await self._prepare(request, streamed=False)
         return explanation_message(self._router.explain(prepared.route), prepared.route.hashes)
+
+    async def _explain_observed(self, request: router_pb2.GenerateRequest) -> router_pb2.Decision:
+        card = observed_card(self._observed, request.model)
+        if request.WhichOneof("prompt") in ("text", "chat"):
+            raise Unavailable(
+                f"no worker of model {card.name} is registered, whose tokenizer is needed: ask with token ids instead"
+            )
+        prepared = await asyncio.to_thread(prepare, request, card, None, self._secret, streamed=False)
+        decision = self._router.explain_observed(prepared.route, card.block_size)
+        return explanation_message(decision, prepared.route.hashes)
 
     async def list_workers(
         self, request: router_pb2.ListWorkersRequest, context: rpc.Context
@@ -328,7 +342,7 @@ async def running_router(
     links = Links(router)
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
-        _handlers(RouterService(router, links, secret), FleetService(router, links, observed, secret))
+        _handlers(RouterService(router, links, observed, secret), FleetService(router, links, observed, secret))
     )
     expiry = asyncio.create_task(_expire(router, links))
     try:

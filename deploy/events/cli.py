@@ -133,7 +133,7 @@ def tree(
 @events_app.command(
     epilog=examples(
         "explain 'Which shelf holds the comet logs?'",
-        "explain --chat 'Which shelf holds the comet logs?'",
+        "explain --chat 'Which shelf holds the comet logs?' --system 'You keep the archive.'",
         "explain - --json < prompt.txt",
         "explain --token-ids 17,4,99,3",
     )
@@ -142,6 +142,9 @@ def explain(
     prompt: Annotated[str | None, typer.Argument(help="a text; - reads it from standard input")] = None,
     router: Annotated[str, typer.Option("--router", help="host:port of a router")] = "127.0.0.1:7700",
     chat: Annotated[bool, typer.Option("--chat", help="a user's message for the model's chat template")] = False,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="with --chat: the system prompt before it")
+    ] = None,
     token_ids: Annotated[str | None, typer.Option("--token-ids", metavar="N,N,...", help="instead of a text")] = None,
     model: Annotated[str, typer.Option(help="which model; without it, the only one")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object")] = False,
@@ -155,6 +158,7 @@ def explain(
         prompt=prompt,
         token_ids=None if token_ids is None else parse_token_ids(token_ids),
         chat=chat,
+        system=system,
         model=model,
         as_json=as_json,
     )

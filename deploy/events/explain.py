@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +11,12 @@ import numpy as np
 
 from deploy.events.show import Output, table
 from deploy.events.targets import open_router
+from kv_events.bus.url import BusUrl, parse_bus_url
 from kv_events.inspect.words import counted, key_text, printable
 from radix.keys import Hashes
 from radix.tree import Tier
 from rhizome.errors import InvalidRequest
+from rhizome.v1.fleet_pb2 import WORKER_ROLE_OBSERVED
 
 if TYPE_CHECKING:
     from rhizome.v1.router_pb2 import Candidate, Decision, WorkerEntry
@@ -35,6 +37,7 @@ class ExplainOptions:
     prompt: str | None = None  # -: standard input
     token_ids: Sequence[int] | None = None
     chat: bool = False  # the prompt is a user's message, to be put into the model's chat template
+    system: str | None = None  # a system prompt before it; chat only
     model: str = ""
     as_json: bool = False
 
@@ -63,23 +66,31 @@ async def run_explain(options: ExplainOptions) -> None:
         entries = {entry.worker_id: entry for entry in await client.workers()}
         hashes = np.frombuffer(decision.block_hashes, "<u8").astype(np.uint64)
         holdings = await _holdings(client, decision, entries, hashes)
+    size, model = _block_size(decision, entries), _model(options.model, decision, entries)
+    notes = mismatches(entries.values(), model, size, {holding.worker for holding in holdings if holding.blocks})
     if options.as_json:
-        Output(as_json=True).json(_as_json(decision, hashes, holdings))
+        Output(as_json=True).json(_as_json(decision, hashes, holdings, notes))
     else:
-        _print(Output(), decision, hashes, holdings, _block_size(decision, entries))
+        _print(Output(), decision, hashes, holdings, size, notes)
 
 
 def _ask(options: ExplainOptions) -> dict[str, Any]:
-    given = [options.prompt is not None, options.token_ids is not None]
-    if sum(given) != 1:
-        raise InvalidRequest("prompt", options.prompt, "a text, - for standard input, or --token-ids: one of them")
+    if options.prompt is None and options.token_ids is None:
+        raise InvalidRequest("prompt", "", "a text, - for standard input, or --token-ids: one of them is needed")
+    if options.prompt is not None and options.token_ids is not None:
+        raise InvalidRequest("prompt", options.prompt, "a text, - for standard input, or --token-ids: only one of them")
+    if options.system is not None and not options.chat:
+        raise InvalidRequest("system", options.system, "with --chat: a plain text has no system prompt")
     ask: dict[str, Any] = {"model": options.model}
     if options.token_ids is not None:
         if options.chat:
             raise InvalidRequest("chat", True, "a text: token ids are a prompt already")
         return ask | {"token_ids": options.token_ids}
     text = _standard_input() if options.prompt == "-" else options.prompt or ""
-    return ask | ({"messages": [{"role": "user", "content": text}]} if options.chat else {"prompt": text})
+    if not options.chat:
+        return ask | {"prompt": text}
+    system = [] if options.system is None else [{"role": "system", "content": options.system}]
+    return ask | {"messages": [*system, {"role": "user", "content": text}]}
 
 
 def _standard_input() -> str:
@@ -126,11 +137,49 @@ async def _holdings(
 
 
 def _block_size(decision: Decision, entries: dict[str, WorkerEntry]) -> int:
+    """Of the worker that was chosen; where none is, of a server that is observed; 0 where it is not known."""
     entry = entries.get(decision.worker_id)
-    return entry.model.block_size if entry else 0
+    if entry is not None:
+        return entry.model.block_size
+    sizes = [_bus(entry).block_size for entry in entries.values() if entry.role == WORKER_ROLE_OBSERVED]
+    return next(filter(None, sizes), 0)
 
 
-def _as_json(decision: Decision, hashes: Hashes, holdings: Sequence[Holding]) -> dict[str, Any]:
+def _model(asked: str, decision: Decision, entries: dict[str, WorkerEntry]) -> str:
+    """Whose keys the prompt got."""
+    entry = entries.get(decision.worker_id)
+    if asked or entry is not None:
+        return asked or entries[decision.worker_id].model.name
+    models = [_bus(entry).model for entry in entries.values() if entry.role == WORKER_ROLE_OBSERVED]
+    return next(filter(None, models), "")
+
+
+def _bus(entry: WorkerEntry) -> BusUrl:
+    try:
+        return parse_bus_url(entry.events_url)
+    except InvalidRequest:  # of a router of another release
+        return BusUrl("")
+
+
+def mismatches(entries: Iterable[WorkerEntry], model: str, block_size: int, holders: Collection[str]) -> list[str]:
+    """Observed servers of which no block can have a prompt's keys, by their URLs: which, and why."""
+    notes = []
+    for entry in entries:
+        if entry.role != WORKER_ROLE_OBSERVED or entry.worker_id in holders:
+            continue
+        bus = _bus(entry)
+        if bus.model and bus.model != model:
+            notes.append(f"{entry.worker_id} cannot match: its URL says model={bus.model}, the prompt's is {model}")
+        elif bus.model and bus.block_size != block_size:
+            size = f"block_size={bus.block_size}, the prompt's blocks have {block_size} tokens"
+            notes.append(f"{entry.worker_id} cannot match: its URL says {size}")
+        elif bus.scheme == "zmq" and not bus.model and bus.dialect != "rhizome":
+            foreign = "" if bus.dialect in ("vllm", "sglang") else ", if it is vLLM or SGLang"
+            notes.append(f"{entry.worker_id} cannot match{foreign}: its URL has no model= and block_size=")
+    return notes
+
+
+def _as_json(decision: Decision, hashes: Hashes, holdings: Sequence[Holding], notes: Sequence[str]) -> dict[str, Any]:
     return {
         "prompt_tokens": decision.prompt_tokens,
         "keys": [key_text(block) for block in hashes.tolist()],
@@ -139,6 +188,7 @@ def _as_json(decision: Decision, hashes: Hashes, holdings: Sequence[Holding]) ->
         "policy": decision.policy,
         "reason": decision.reason,
         "candidates": [_terms(candidate) for candidate in decision.candidates],
+        "notes": list(notes),
     }
 
 
@@ -146,21 +196,35 @@ def _terms(candidate: Candidate) -> dict[str, Any]:
     return {field.name: getattr(candidate, field.name) for field in candidate.DESCRIPTOR.fields}
 
 
-def _print(output: Output, decision: Decision, hashes: Hashes, holdings: Sequence[Holding], block_size: int) -> None:
+def _print(
+    output: Output,
+    decision: Decision,
+    hashes: Hashes,
+    holdings: Sequence[Holding],
+    block_size: int,
+    notes: Sequence[str],
+) -> None:
     blocks = counted(len(hashes), "full block") + (f" of {block_size}" if block_size else "")
     output.line([("prompt   ", "note"), (f"{counted(decision.prompt_tokens, 'token')}, {blocks}", "")])
     if len(hashes):
         more = f" … {key_text(int(hashes[-1]))}" if len(hashes) > KEYS_SHOWN else ""
         shown = " ".join(map(key_text, hashes[:KEYS_SHOWN].tolist()))
         output.line([("keys     ", "note"), (shown + more, "key")])
-    output.line([("chosen   ", "note"), (printable(decision.worker_id), "worker"), (f", by {decision.policy}", "")])
+    chosen = [(printable(decision.worker_id), "worker"), (f", by {decision.policy}", "")]
+    output.line([("chosen   ", "note"), *(chosen if decision.worker_id else [("none", "bad")])])
     output.line([("why      ", "note"), (printable(decision.reason), "")])
+    for note in notes:
+        output.line([("note     ", "note"), (printable(note), "bad")])
     output.text("")
     rows = [
         [printable(h.worker), f"{h.blocks:,} of {len(hashes):,}", f"{h.tokens:,}", _tiers_text(h)] for h in holdings
     ]
-    for line in table(("holds", "blocks", "tokens", "where"), rows):
+    if not rows:
+        output.text("no worker holds any of it", "note")
+    for line in table(("holds", "blocks", "tokens", "where"), rows) if rows else ():
         output.line(line)
+    if not decision.candidates:
+        return
     output.text("")
     for line in table(_TERMS, [_row(candidate) for candidate in decision.candidates]):
         output.line(line)

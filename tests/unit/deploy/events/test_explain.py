@@ -7,6 +7,7 @@ import json
 import sys
 from typing import Any
 
+import grpc
 import pytest
 
 from deploy.events import explain
@@ -14,8 +15,11 @@ from deploy.events.explain import ExplainOptions, parse_token_ids, run_explain
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import hashes_of
 from rhizome.errors import InvalidRequest
+from rhizome.v1.fleet_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_OBSERVED
+from rhizome.v1.router_pb2 import WorkerEntry
 from tests.support.router_cluster import PROMPT, Cluster, with_cluster
 from tests.support.scripted_worker import BLOCK_SIZE, MODEL
+from tests.support.vllm_server import VllmServer, stored
 
 
 def explained(**options: Any) -> None:
@@ -95,11 +99,82 @@ def test_a_text_or_a_chat_message_can_be_asked_about(
     assert text["prompt_tokens"] == 5 < chat["prompt_tokens"]
 
 
+def test_a_system_prompt_goes_before_the_message(capsys: pytest.CaptureFixture[str]) -> None:
+    """As clients send it; only chats have one."""
+    tokens = []
+    for system in (None, "Be brief."):
+        explained(prompt="hello", chat=True, system=system, as_json=True)
+        tokens.append(json.loads(capsys.readouterr().out)["prompt_tokens"])
+    assert tokens[0] < tokens[1]
+
+
+def observed_alone(*urls: str, servers: list[VllmServer], **options: Any) -> None:
+    """A router without workers, which observes vllm-0, vllm-1, ...; the first of them holds 6 blocks of PROMPT."""
+
+    async def test(running: Cluster) -> None:
+        servers[0].publish(stored([1, 2, 3], block_size=32) | {"token_ids": PROMPT[:96]})
+        await running.until(lambda entry: entry is not None and entry.indexed_blocks > 0, "vllm-0")
+        await run_explain(ExplainOptions(f"router://{running.address}", **options))
+
+    with_cluster(test, observe=[f"vllm-{number}={url}" for number, url in enumerate(urls)])
+
+
+def test_a_router_that_only_observes_tells_keys_and_holders(capsys: pytest.CaptureFixture[str]) -> None:
+    """By the observed URL's model and block size; with the note that no worker can be chosen."""
+    with VllmServer() as server:
+        url = f"{server.url}&model={MODEL}&block_size={BLOCK_SIZE}"
+        observed_alone(url, servers=[server], token_ids=PROMPT, as_json=True)
+        told = json.loads(capsys.readouterr().out)
+    assert told["keys"] == KEYS
+    (holder,) = told["holders"]
+    assert (holder["worker"], holder["blocks"], holder["tokens"], holder["candidate"]) == ("vllm-0", 6, 96, False)
+    assert (told["worker"], told["candidates"], told["notes"]) == ("", [], [])
+    assert "no worker can be chosen" in told["reason"]
+    with VllmServer() as server:
+        url = f"{server.url}&model={MODEL}&block_size={BLOCK_SIZE}"
+        observed_alone(url, servers=[server], token_ids=PROMPT)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "chosen   none"
+    assert lines[-1] == f"vllm-0  6 of {len(KEYS)}      96  6 device, not a candidate"
+
+
+def test_a_text_cannot_be_explained_without_a_tokenizer() -> None:
+    """And it says what to do."""
+    with VllmServer() as server:
+        url = f"{server.url}&model={MODEL}&block_size={BLOCK_SIZE}"
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            observed_alone(url, servers=[server], prompt="hello")
+    assert "ask with token ids" in (caught.value.details() or "")
+
+
+def test_an_observed_server_whose_url_rules_a_match_out_is_told() -> None:
+    """By its model, by its block size, or as it names neither: nothing vanishes in silence."""
+
+    def entry(name: str, url: str, role: Any = WORKER_ROLE_OBSERVED) -> WorkerEntry:
+        return WorkerEntry(worker_id=name, events_url=url, role=role)
+
+    entries = [
+        entry("fits", "zmq://h:1?model=m&block_size=16"),
+        entry("other", "zmq://h:1?model=n&block_size=16"),
+        entry("size", "zmq://h:1?model=m&block_size=32"),
+        entry("nameless", "zmq://h:1"),
+        entry("holder", "zmq://h:1"),
+        entry("ours", "redis://h:1/kv"),
+        entry("worker", "zmq://h:1", WORKER_ROLE_BOTH),
+    ]
+    assert explain.mismatches(entries, "m", 16, {"holder"}) == [
+        "other cannot match: its URL says model=n, the prompt's is m",
+        "size cannot match: its URL says block_size=32, the prompt's blocks have 16 tokens",
+        "nameless cannot match, if it is vLLM or SGLang: its URL has no model= and block_size=",
+    ]
+
+
 def test_what_cannot_be_asked_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """One prompt, of one kind, that is text."""
     for options, said in (
-        ({}, "one of them"),
-        ({"prompt": "x", "token_ids": [1]}, "one of them"),
+        ({}, "prompt is '': .*one of them is needed"),
+        ({"prompt": "x", "token_ids": [1]}, "only one of them"),
+        ({"prompt": "x", "system": "y"}, "with --chat"),
         ({"token_ids": [1], "chat": True}, "a prompt already"),
     ):
         with pytest.raises(InvalidRequest, match=said):
