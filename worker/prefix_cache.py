@@ -69,7 +69,6 @@ class PrefixCache:
         """`include_token_ids`: events tell the tokens of stored blocks, too."""
         self.block_size = block_size
         self._include_token_ids = include_token_ids
-        self._block_bytes = 4 * block_size
         self.pool = BlockPool(num_blocks, self._forget)
         self._by_hash: dict[bytes, int] = {}  # by the first 8 bytes of a key
         self._contents: dict[int, CachedBlock] = {}
@@ -79,19 +78,16 @@ class PrefixCache:
     def __len__(self) -> int:
         return len(self._contents)
 
-    def lookup(self, keys: Sequence[bytes], tokens: Sequence[int]) -> list[int]:
-        """The blocks of the longest cached prefix, at most one for each key. Takes no reference."""
+    def lookup(self, contents: Sequence[CachedBlock]) -> list[int]:
+        """The blocks of the longest cached prefix of a chain of full blocks. Takes no reference."""
         blocks: list[int] = []
         previous: CachedBlock | None = None
-        packed = b""
-        for index, key in enumerate(keys):
-            block = self._by_hash.get(key[:8])
+        for wanted in contents:
+            block = self._by_hash.get(wanted.key[:8])
             if block is None:
                 break
-            packed = packed or pack(tokens[: len(keys) * self.block_size])
-            start = index * self._block_bytes
             content = self._contents[block]
-            if content.key != key or content.tokens != packed[start : start + self._block_bytes]:
+            if content.key != wanted.key or content.tokens != wanted.tokens:
                 break
             if content.parent is not previous:
                 if not _same_prefix(content.parent, previous):

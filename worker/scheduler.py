@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from bisect import insort
 from collections.abc import Iterable
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
+from typing import cast
 
 from rhizome.errors import InvalidRequest, Overloaded
 from worker.plan import Chunk, SamplingInput, StepPlan
@@ -113,9 +115,11 @@ class Scheduler:
         sequence.computed += entry.num_tokens
         if sequence.request.bypass_prefix_cache:
             return
-        for index in range(sequence.listed, sequence.computed // self.config.block_size):
-            self.cache.insert(sequence.blocks[index], sequence.content(index))
-            sequence.listed = index + 1
+        full = sequence.computed // self.config.block_size
+        if full > sequence.listed:
+            for index, content in enumerate(sequence.contents(full)[sequence.listed :], sequence.listed):
+                self.cache.insert(sequence.blocks[index], content)
+            sequence.listed = full
 
     def fork(self, sequence: Sequence, choice: int) -> Sequence:
         """A running copy that shares every block; the first to write into a shared one copies it."""
@@ -138,7 +142,7 @@ class Scheduler:
         assert len(self.running) <= self.config.max_running
 
     def _lookup(self, sequence: Sequence) -> list[int]:
-        return self.cache.lookup(sequence.reusable_keys(), sequence.tokens)
+        return self.cache.lookup(sequence.reusable())
 
     def _admit(self, step: list[Scheduled], budget: int) -> None:
         """Move sequences from waiting to running, best rank first, while one fits as a whole."""
@@ -233,7 +237,7 @@ class Scheduler:
             if sequence.output_len < params.min_tokens:
                 banned = params.stop_token_ids | self._stop_tokens
             choices = range(sequence.choice, sequence.choice + 1 + sequence.forks)
-            tokens = sequence.tokens
+            tokens = cast("AnySequence[int]", sequence.tokens)  # all of it, never a copy
             samples = (SamplingInput(params, tokens, sequence.prompt_len, choice, banned) for choice in choices)
         return Chunk(sequence.tokens[start : start + num_tokens], start, list(sequence.blocks), tuple(samples))
 

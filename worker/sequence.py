@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 
@@ -17,12 +19,20 @@ class EngineRequest:
     """A validated request: what the engine accepts."""
 
     request_id: str
-    token_ids: list[int]
+    token_ids: AnySequence[int]
     params: SamplingParams
     hasher: BlockHasher
     keys: BlockKeys  # of the prompt's full blocks
     priority: int = 0
     bypass_prefix_cache: bool = False
+
+
+class Tokens(Protocol):
+    """What the scheduler does with a sequence's tokens: it counts them, and passes slices on."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, part: slice, /) -> AnySequence[int]: ...
+    def append(self, token_id: int, /) -> None: ...
 
 
 @dataclass(slots=True, eq=False)
@@ -33,7 +43,7 @@ class Sequence:
     arrival: int
     choice: int = 0
     forks: int = 0  # choices still to be split off when the prompt is through
-    tokens: list[int] = field(default_factory=list)  # prompt and output
+    tokens: Tokens = field(default_factory=list[int])  # prompt and output
     computed: int = 0  # leading tokens whose KV is in the blocks
     blocks: list[int] = field(default_factory=list)
     listed: int = 0  # leading full blocks already offered to the prefix cache
@@ -72,22 +82,24 @@ class Sequence:
         """Smaller goes first: priority, then arrival, then choice."""
         return (self.request.priority, self.arrival, self.choice)
 
-    def reusable_keys(self) -> list[bytes]:
-        """Keys under which a prefix may be found. The last token is always computed: its logits are needed."""
+    def reusable(self) -> list[CachedBlock]:
+        """The blocks to look for in the prefix cache. The last token is always computed: its logits are needed."""
         if self.request.bypass_prefix_cache:
             return []
-        limit = (len(self.tokens) - 1) // self.request.hasher.block_size
-        self._extend_keys(limit)
-        return self._keys[:limit]
+        return self.contents((len(self.tokens) - 1) // self.request.hasher.block_size)
 
-    def content(self, index: int) -> CachedBlock:
-        """What full block `index` of this sequence holds, and after what."""
-        self._extend_keys(index + 1)
-        size = self.request.hasher.block_size
-        for at in range(len(self._contents), index + 1):
-            parent = self._contents[-1] if at else None
-            self._contents.append(CachedBlock(self._keys[at], pack(self.tokens[at * size : (at + 1) * size]), parent))
-        return self._contents[index]
+    def contents(self, count: int) -> list[CachedBlock]:
+        """What the first `count` full blocks of this sequence hold, each after the one before it."""
+        made, size = len(self._contents), self.request.hasher.block_size
+        if made < count:
+            self._extend_keys(count)
+            data = pack(self.tokens[made * size : count * size])
+            width = len(data) // (count - made)
+            for at in range(made, count):
+                start = (at - made) * width
+                parent = self._contents[-1] if at else None
+                self._contents.append(CachedBlock(self._keys[at], data[start : start + width], parent))
+        return self._contents[:count]
 
     def fork(self, choice: int) -> Sequence:
         """Another choice over the same computed tokens and blocks (whose references the scheduler takes)."""
@@ -95,7 +107,7 @@ class Sequence:
             request=self.request,
             arrival=self.arrival,
             choice=choice,
-            tokens=list(self.tokens),
+            tokens=list(self.tokens[:]),
             computed=self.computed,
             blocks=list(self.blocks),
             listed=self.listed,

@@ -14,15 +14,25 @@ def keys_of(tokens: list[int]) -> list[bytes]:
     return [data[at : at + 16] for at in range(0, len(data), 16)]
 
 
+def chain(keys: list[bytes], tokens: list[int]) -> list[CachedBlock]:
+    """The contents of a prompt's full blocks under these keys."""
+    contents: list[CachedBlock] = []
+    for index, key in enumerate(keys):
+        packed = pack(tokens[index * 4 : index * 4 + 4])
+        contents.append(CachedBlock(key, packed, contents[-1] if contents else None))
+    return contents
+
+
+def look(cache: PrefixCache, keys: list[bytes], tokens: list[int]) -> list[int]:
+    return cache.lookup(chain(keys, tokens))
+
+
 def fill(cache: PrefixCache, tokens: list[int], keys: list[bytes] | None = None) -> list[int]:
     """Allocate and list the full blocks of a prompt, under its own keys or under made-up ones; they stay in use."""
     blocks = []
-    content: CachedBlock | None = None
-    for index, key in enumerate(keys or keys_of(tokens)):
-        block = cache.pool.allocate()
-        content = CachedBlock(key, pack(tokens[index * 4 : index * 4 + 4]), content)
-        cache.insert(block, content)
-        blocks.append(block)
+    for content in chain(keys or keys_of(tokens), tokens):
+        blocks.append(cache.pool.allocate())
+        cache.insert(blocks[-1], content)
     return blocks
 
 
@@ -31,17 +41,17 @@ def test_the_longest_held_prefix_is_found() -> None:
     cache = PrefixCache(8, 4)
     blocks = fill(cache, list(range(12)))
     other = [*range(8), 99, 98, 97, 96]
-    assert cache.lookup(keys_of(other), other) == blocks[:2]
+    assert look(cache, keys_of(other), other) == blocks[:2]
 
 
 def test_a_block_with_other_tokens_is_not_reused_even_under_an_equal_key() -> None:
     """A forged or colliding key must not mix contents."""
     cache = PrefixCache(8, 4)
     fill(cache, list(range(8)))
-    assert cache.lookup(keys_of(list(range(8))), [0, 1, 2, 3, 50, 51, 52, 53]) == [
-        cache.lookup(keys_of(list(range(4))), list(range(4)))[0]
+    assert look(cache, keys_of(list(range(8))), [0, 1, 2, 3, 50, 51, 52, 53]) == [
+        look(cache, keys_of(list(range(4))), list(range(4)))[0]
     ]
-    assert cache.lookup(keys_of(list(range(8))), [50, 51, 52, 53, 4, 5, 6, 7]) == []
+    assert look(cache, keys_of(list(range(8))), [50, 51, 52, 53, 4, 5, 6, 7]) == []
 
 
 def test_of_two_blocks_under_one_key_the_second_stays_uncached() -> None:
@@ -54,8 +64,8 @@ def test_of_two_blocks_under_one_key_the_second_stays_uncached() -> None:
     planted = fill(cache, second, key)
     assert cache.take_events() == ()
     assert cache.collisions == 1
-    assert cache.lookup(key, second) == []
-    assert cache.lookup(key, first) == cached
+    assert look(cache, key, second) == []
+    assert look(cache, key, first) == cached
     cache.pool.release(planted)
     assert (cache.pool.in_use, cache.pool.idle, cache.pool.available) == (1, 0, 7)
     cache.check()
@@ -73,8 +83,8 @@ def test_of_two_keys_that_share_their_low_half_the_second_stays_uncached() -> No
     fill(cache, tokens, other)
     assert cache.collisions == 2
     assert cache.take_events() == ()
-    assert cache.lookup(other, tokens) == []
-    assert cache.lookup([key], tokens) == cached
+    assert look(cache, other, tokens) == []
+    assert look(cache, [key], tokens) == cached
     cache.check()
 
 
@@ -86,8 +96,8 @@ def test_what_follows_a_colliding_block_is_not_reused_after_its_twin() -> None:
     keys = keys_of(first + tail)
     cached = fill(cache, first)
     fill(cache, second + tail, keys)
-    assert cache.lookup(keys, first + tail) == cached
-    assert cache.lookup(keys, second + tail) == []
+    assert look(cache, keys, first + tail) == cached
+    assert look(cache, keys, second + tail) == []
     third = fill(cache, first + tail, keys)
     assert cache.collisions == 2, "the tail after the second prefix keeps its key"
     cache.pool.release(third)
@@ -106,8 +116,8 @@ def test_what_an_evicted_block_left_behind_is_not_reused_after_its_twin() -> Non
         cache.pool.allocate()  # the free one, then the head
     cache.pool.release([head])
     planted = fill(cache, second, keys[:1])
-    assert cache.lookup(keys, second + tail) == planted
-    assert cache.lookup(keys, first + tail) == []
+    assert look(cache, keys, second + tail) == planted
+    assert look(cache, keys, first + tail) == []
 
 
 def test_what_an_evicted_block_left_behind_is_found_when_that_is_computed_again() -> None:
@@ -120,7 +130,7 @@ def test_what_an_evicted_block_left_behind_is_found_when_that_is_computed_again(
         cache.pool.allocate()  # the free one, then the first two
     cache.pool.release(blocks[:2])
     again = fill(cache, tokens[:8])
-    assert cache.lookup(keys_of(tokens), tokens) == [*again, blocks[2]]
+    assert look(cache, keys_of(tokens), tokens) == [*again, blocks[2]]
     assert cache.collisions == 0
     cache.check()
 
@@ -170,7 +180,7 @@ def test_eviction_takes_the_tail_first_and_says_so() -> None:
     (removed,) = cache.take_events()
     assert isinstance(removed, BlockRemoved)
     assert removed.block_hashes.tolist() == [hash_of(keys_of(tokens)[2])]
-    assert cache.lookup(keys_of(tokens), tokens) == blocks[:2]
+    assert look(cache, keys_of(tokens), tokens) == blocks[:2]
     cache.check()
 
 
@@ -208,7 +218,7 @@ def test_clearing_forgets_everything_but_leaves_blocks_to_their_users() -> None:
     cache.take_events()
     assert cache.clear() == 3
     assert cache.take_events() == (AllBlocksCleared(),)
-    assert cache.lookup(keys_of(list(range(8))), list(range(8))) == []
+    assert look(cache, keys_of(list(range(8))), list(range(8))) == []
     assert cache.pool.in_use == 2
     cache.pool.release(used)
     assert (cache.pool.in_use, cache.pool.idle, cache.pool.available) == (0, 0, 8)
