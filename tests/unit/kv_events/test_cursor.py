@@ -5,8 +5,11 @@ from __future__ import annotations
 import random
 
 import hypothesis.strategies as st
+import numpy as np
+import pytest
 from hypothesis import given, settings
 
+from kv_events import wire
 from kv_events.cursor import (
     Apply,
     DropBlocks,
@@ -17,7 +20,7 @@ from kv_events.cursor import (
     NeedSnapshot,
     StaleEpoch,
 )
-from kv_events.events import EventBatch
+from kv_events.events import BlockRemoved, BlockStored, EventBatch
 from radix.digest import EMPTY_DIGEST
 
 
@@ -74,6 +77,50 @@ def test_what_waits_is_bounded() -> None:
     assert applied(cursor.offer(batch(5))) == [5]
     assert applied(cursor.offer(batch(6))) == [6, 7, 8]
     assert applied(cursor.offer(batch(9))) == [9]
+
+
+@pytest.mark.parametrize("decoded", [False, True])
+def test_what_waits_is_bounded_by_its_size_too(decoded: bool) -> None:
+    """Past it large batches are let go; the cursor knows of the gap until they have come again."""
+    blocks = np.arange(1, 101, dtype=np.uint64)
+    events = (BlockStored(blocks, 0, 16, np.arange(1_600, dtype=np.uint32)), BlockRemoved(blocks))
+
+    def large(seq: int) -> EventBatch:
+        whole = EventBatch("w0", 1, seq, events, EMPTY_DIGEST, 0.0)
+        return wire.decode(wire.encode(whole)) if decoded else whole
+
+    cursor = EventCursor(max_weight=500)
+    cursor.restored(1, 5)
+    assert cursor.offer(large(7)) == (NeedReplay(1, 5),)
+    assert cursor.has_gap
+    assert applied(cursor.offer(batch(5))) == [5]
+    assert not cursor.advance(batch(6)), "a batch that was let go is still missing"
+    assert applied(cursor.offer(batch(6))) == [6]
+    assert cursor.has_gap
+    assert applied(cursor.offer(large(7))) == [7]
+    assert not cursor.has_gap
+    cursor = EventCursor(max_weight=10_000)
+    cursor.restored(1, 0)
+    for seq in range(1, 40):
+        cursor.offer(large(seq))
+    joined = applied(cursor.offer(batch(0)))
+    assert 3 <= len(joined) < 15
+    assert cursor.has_gap
+    for seq in range(len(joined), 40):
+        cursor.offer(large(seq))
+    assert not cursor.has_gap
+    for seq in range(41, 44):  # what has left takes no room any more
+        cursor.offer(large(seq))
+    assert applied(cursor.offer(large(40))) == [40, 41, 42, 43]
+
+
+def test_a_snapshot_forgets_what_was_let_go() -> None:
+    """Its number may have been damaged on the way."""
+    cursor = at(1, 3, max_waiting=0)
+    cursor.offer(batch(2**40))
+    assert cursor.has_gap
+    assert cursor.restored(1, 3) == ()
+    assert not cursor.has_gap
 
 
 def test_a_new_epoch_drops_the_old_blocks_at_once() -> None:
