@@ -41,6 +41,7 @@ PIPELINED_BYTES = 4 * 2**20  # of payload; a larger batch goes alone
 REFRESH_S = 10.0  # the keys' life is prolonged, which also shows whether they are there
 SNAPSHOT_S = 30.0  # the oldest snapshot of a worker that goes on: a bad entry in the stream is healed after that
 FIRST_RETRY_S, MAX_RETRY_S = 0.1, 5.0
+MAX_SUPERSEDED_S = 30.0  # between looks at a stream that is another's: it expires TTL_S after that one was heard last
 
 WRITE_SNAPSHOT = """
 local last = redis.call('XREVRANGE', KEYS[1], '+', '-', 'COUNT', 1)[1]
@@ -88,33 +89,43 @@ class RedisPublisher:
         self._refreshed_s = self._snapshot_s = 0.0  # when, on the loop's clock
         self._failures = 0  # in a row
         self._away = False  # failures were told of
+        self._superseded = False  # it was told that the stream is another's
 
     async def close(self) -> None:
         """Close the connection."""
         await self._redis.aclose()
 
     async def run(self) -> None:
-        """Publish until the log is closed and its end is written, or the stream is found to be another's."""
+        """Publish until the log is closed and its end is written, or may not be.
+
+        A stream that is another's is only looked at, until it is gone: what is there may be a newer start of this
+        worker, but also what a later one, or a clock that was ahead, left behind.
+        """
         from redis.exceptions import RedisError
 
         signal = Signal()
         self._log.subscribe(signal)
         try:
             while True:
+                longest_s = MAX_RETRY_S
                 try:
                     if await self._attach():
                         await self._publish(signal)
                     return
                 except _Superseded as error:
-                    logger.error("%s: %s; nothing is published there any more", self._where, error)
-                    return
+                    if self._log.closed:
+                        return
+                    longest_s = MAX_SUPERSEDED_S
+                    level = logging.DEBUG if self._superseded else logging.ERROR
+                    logger.log(level, "%s: %s; nothing is published there until that is gone", self._where, error)
+                    self._superseded = True
                 except (Trimmed, _Lost) as error:
                     logger.info("%s: %s; looking where it stands", self._where, error)
                 except (RedisError, OSError) as error:
                     self._tell(logging.WARNING, f"{said(error)}; trying until events can be published there")
                 except Exception as error:  # a defect here must not end the stream for good
                     self._tell(logging.ERROR, f"{error!r}; trying again", exc_info=True)
-                delay_s = min(MAX_RETRY_S, FIRST_RETRY_S * 2.0 ** min(self._failures, 10))
+                delay_s = min(longest_s, FIRST_RETRY_S * 2.0 ** min(self._failures, 10))
                 self._failures += 1
                 await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter
         finally:
@@ -260,9 +271,9 @@ class RedisPublisher:
 
     def _written(self) -> None:
         """Redis took something."""
-        if self._away:
+        if self._away or self._superseded:
             logger.info("%s: events of worker %s are published", self._where, self._log.worker)
-        self._failures, self._away = 0, False
+        self._failures, self._away, self._superseded = 0, False, False
 
     def _tell(self, level: int, what: str, *, exc_info: bool = False) -> None:
         """Once in each outage."""

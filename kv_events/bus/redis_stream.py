@@ -9,14 +9,18 @@ The ID of an entry is the position after it, so a reader's position is an ID to 
 order only: what is sent twice is refused the second time, and so is a worker's former incarnation, for its epoch is
 smaller. Both keys expire TTL_S after their worker was heard last. Redis 6.2 or newer (XADD with NOMKSTREAM and MINID).
 
-Credentials are those of the URL, or of RHIZOME_REDIS_AUTH: user:password@host:port (%XX for what has a meaning there;
-several separated by spaces). Each is used for that server alone, whoever names a server. None is ever logged, raised or
-told to a router: what workers register has no login, and routers and tools bring their own.
+Credentials are those of the URL, or of RHIZOME_REDIS_AUTH: [scheme://][user]:password@host:port (%XX for what has a
+meaning there; several separated by spaces). Each is used for that server alone, whoever names a server, and by that
+scheme alone; without a scheme by rediss://, and by redis:// on loopback: nobody who names a server has a password sent
+over a network in the clear, unless the variable says redis:// itself. None is ever logged, raised or told to a router:
+what workers register has no login, and routers and tools bring their own.
 """
 
 from __future__ import annotations
 
 import asyncio
+import ipaddress
+import logging
 import os
 from collections.abc import Awaitable, Iterator
 from contextlib import contextmanager
@@ -32,6 +36,8 @@ if TYPE_CHECKING:
     from redis.asyncio import Redis
 
 T = TypeVar("T")
+
+logger = logging.getLogger(__name__)
 
 AUTH_VARIABLE = "RHIZOME_REDIS_AUTH"
 TIMEOUT_S = 5.0  # of connecting, and of each round trip
@@ -59,17 +65,41 @@ def credentials(bus: BusUrl) -> tuple[str, str]:
     """
     if bus.user or bus.password:
         return bus.user, bus.password
+    withheld = False
     for entry in os.environ.get(AUTH_VARIABLE, "").split():
-        login, _, server = entry.rpartition("@")
+        scheme, separator, rest = entry.partition("://")
+        if not separator:
+            scheme, rest = "", entry
+        login, _, server = rest.rpartition("@")
         user, _, password = login.partition(":")
         host, _, port = server.rpartition(":")
-        if not (password and host and port.isdecimal()):
+        if not (password and host and port.isdecimal() and scheme in ("", "redis", "rediss")):
             raise InvalidRequest(
-                AUTH_VARIABLE, "not readable", "[user]:password@host:port, several separated by spaces"
+                AUTH_VARIABLE,
+                "not readable",
+                "[redis://|rediss://][user]:password@host:port, several separated by spaces",
             )
-        if (host.strip("[]"), int(port)) == (bus.host, bus.port):
+        if (host.strip("[]"), int(port)) != (bus.host, bus.port):
+            continue
+        if scheme == bus.scheme or (not scheme and (bus.scheme == "rediss" or _is_loopback(bus.host))):
             return unquote(user), unquote(password)
+        withheld = True
+    if withheld:
+        logger.warning(
+            "%s: the login in %s is not sent by %s://; begin it with %s:// if it is to be",
+            without_login(bus),
+            AUTH_VARIABLE,
+            bus.scheme,
+            bus.scheme,
+        )
     return "", ""
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 class StreamId(NamedTuple):

@@ -31,7 +31,7 @@ def be_impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(redis_source, "BLOCK_S", 0.2)
     for module in (redis_source, redis_publisher):
         monkeypatch.setattr(module, "TRANSFER_S", 0.5)
-    for name, value in {"FIRST_RETRY_S": 0.01, "MAX_RETRY_S": 0.05, "REFRESH_S": 0.1}.items():
+    for name, value in {"FIRST_RETRY_S": 0.01, "MAX_RETRY_S": 0.05, "MAX_SUPERSEDED_S": 0.05, "REFRESH_S": 0.1}.items():
         monkeypatch.setattr(redis_publisher, name, value)
 
 

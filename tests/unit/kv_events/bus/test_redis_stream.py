@@ -25,19 +25,52 @@ def test_what_is_no_id_is_a_wire_error(text: object) -> None:
         StreamId.parse(text)
 
 
+def of(url: str) -> tuple[str, str]:
+    return credentials(parse_bus_url(url))
+
+
 def test_credentials_are_used_for_their_server_only(monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of the URL before those of the environment; none for a server that neither names."""
     monkeypatch.setenv(AUTH_VARIABLE, "ann:a%3Ab@redis.example:6379 :c@[::1]:7000")
-
-    def of(url: str) -> tuple[str, str]:
-        return credentials(parse_bus_url(url))
-
-    assert of("redis://redis.example/kv") == ("ann", "a:b")
     assert of("rediss://redis.example:6379/3/kv") == ("ann", "a:b")
     assert of("redis://[::1]:7000/kv") == ("", "c")
     assert of("redis://bob:d@redis.example/kv") == ("bob", "d")
     assert of("redis://redis.example:6380/kv") == ("", "")
     assert of("redis://other.example/kv") == ("", "")
+
+
+@pytest.mark.parametrize(
+    ("written", "url", "sent"),
+    [
+        ("", "rediss://redis.example/kv", True),
+        ("", "redis://redis.example/kv", False),
+        ("rediss://", "rediss://redis.example/kv", True),
+        ("rediss://", "redis://redis.example/kv", False),
+        ("redis://", "redis://redis.example/kv", True),
+        ("redis://", "rediss://redis.example/kv", False),
+        ("", "redis://127.0.0.1/kv", True),
+        ("", "redis://[::1]/kv", True),
+        ("", "redis://localhost/kv", True),
+        ("rediss://", "redis://127.0.0.1/kv", False),
+        ("", "redis://127.0.0.1.example/kv", False),
+    ],
+)
+def test_a_password_goes_over_a_network_in_the_clear_only_where_the_operator_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, written: str, url: str, sent: bool
+) -> None:
+    """Whoever names a server by redis:// in the place of rediss:// does not get the login; that is logged."""
+    server = parse_bus_url(url).address
+    monkeypatch.setenv(AUTH_VARIABLE, f"{written}ann:Xylophon@{server}")
+    assert of(url) == (("ann", "Xylophon") if sent else ("", ""))
+    assert ("is not sent by" in caplog.text) is not sent
+    assert "Xylophon" not in caplog.text
+
+
+def test_a_server_may_have_a_login_for_each_scheme(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In any order."""
+    monkeypatch.setenv(AUTH_VARIABLE, "redis://:plain@redis.example:6379 rediss://:safe@redis.example:6379")
+    assert of("redis://redis.example/kv") == ("", "plain")
+    assert of("rediss://redis.example/kv") == ("", "safe")
 
 
 def test_what_others_are_told_has_no_login() -> None:
