@@ -4,6 +4,7 @@ The file format is Mooncake's (kvcache-ai/Mooncake, FAST'25), a JSON object a li
 `input_length` and `output_length` in tokens, `hash_ids` of the prompt's blocks of 512 tokens; equal ids are equal
 blocks with equal prefixes. Ours may say more on a line, and readers of the published form skip it: `block_size` where
 it is not 512, `session_id`, `tenant`, `priority`. Every line stands alone, so `head`, `grep` and `cat` make traces.
+Alibaba's Bailian traces (qwen-bailian-usagetraces-anon) are read, too: they are told by `parent_chat_id`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO, Any
 from rhizome.errors import InvalidRequest
 
 MOONCAKE_BLOCK_SIZE = 512
+BAILIAN_BLOCK_SIZE = 16
 MAX_BLOCK_SIZE = 1 << 16
 MAX_TOKENS = 1 << 24  # of a prompt or an answer: more than any model takes
 MAX_REQUESTS = 10_000_000  # the longest published trace has some 24,000
@@ -82,11 +84,12 @@ class Trace:
 def read_trace(path: Path | str, block_size: int | None = None) -> Trace:
     """The trace of a file, gzipped where it ends in .gz.
 
-    block_size is what the file's lines say, and Mooncake's 512 where they say nothing; one given here is for files
-    that say nothing. The file's order counts for nothing: requests are sorted by timestamp, equal ones stay as they
-    lie (a router writes a request down when it ends), and the first one comes at 0. Lenient where publications are:
-    one id too few leaves the prompt's end unshared, one too many is cut, an output length of 0 is 1 (a prefill makes
-    a token), and ids of blocks rather than prefixes (an id behind two different ones) are renumbered as prefixes.
+    block_size is what the file's lines say, else its publisher's (Mooncake 512, Bailian 16); one given here is for
+    files that say nothing. Bailian's timestamps are seconds, and its chats are sessions. The file's order counts for
+    nothing: requests are sorted by timestamp, equal ones stay as they lie (a router writes a request down when it
+    ends), and the first one comes at 0. Lenient where publications are: one id too few leaves the prompt's end
+    unshared, one too many is cut, an output length of 0 is 1 (a prefill makes a token), and ids of blocks rather than
+    prefixes (an id behind two different ones) are renumbered as prefixes.
 
     Errors: InvalidRequest that names file, line, field, value and limit.
     """
@@ -142,13 +145,13 @@ class _Reader:
         self._path = path
         self._given = block_size
         self._line = 0
+        self._chats: dict[int, str] = {}  # Bailian's: chat -> session
         self.block_size: int | None = None
 
     def requests(self) -> Iterator[TraceRequest]:
-        count = ids = 0
-        for line in self._lines():
+        ids = 0
+        for count, line in enumerate(self._lines(), 1):
             request = self._request(line)
-            count += 1
             ids += len(request.block_ids)
             if count > MAX_REQUESTS:
                 raise self._error("requests", count, f"at most {MAX_REQUESTS}")
@@ -175,22 +178,23 @@ class _Reader:
             raise self._error("line", line[:60], "a JSON object") from None
         if not isinstance(fields, dict):
             raise self._error("line", line[:60], "a JSON object")
-        block_size = self._block_size(fields)
+        bailian = "parent_chat_id" in fields
+        block_size = self._block_size(fields, BAILIAN_BLOCK_SIZE if bailian else MOONCAKE_BLOCK_SIZE)
         input_tokens = self._integer(fields, "input_length", 1, MAX_TOKENS)
         output_tokens = self._integer(fields, "output_length", 0, MAX_TOKENS)
         priority = self._integer(fields, "priority", -MAX_PRIORITY, MAX_PRIORITY - 1) if "priority" in fields else 0
         return TraceRequest(
-            self._seconds(fields),
+            self._timestamp(fields) / (1 if bailian else 1000),
             input_tokens,
             max(output_tokens, 1),
             self._block_ids(fields, -(-input_tokens // block_size)),
-            self._text(fields, "session_id"),
+            self._chat(fields) if bailian else self._text(fields, "session_id"),
             self._text(fields, "tenant"),
             priority,
         )
 
-    def _block_size(self, fields: dict[str, Any]) -> int:
-        told = MOONCAKE_BLOCK_SIZE if self._given is None else self._given
+    def _block_size(self, fields: dict[str, Any], published: int) -> int:
+        told = published if self._given is None else self._given
         if "block_size" in fields:
             told = self._integer(fields, "block_size", 1, MAX_BLOCK_SIZE)
             if self._given is not None and told != self._given:
@@ -213,11 +217,17 @@ class _Reader:
                 raise self._error(f"hash_ids[{place}]", block, "an integer from 0 to 2^64 - 1")
         return tuple(ids[:blocks])
 
-    def _seconds(self, fields: dict[str, Any]) -> float:
+    def _chat(self, fields: dict[str, Any]) -> str:
+        """Turns are chats of their own that name the one before; the first one's number names the session."""
+        chat = self._integer(fields, "chat_id", 0, (1 << 63) - 1)
+        parent = self._integer(fields, "parent_chat_id", -1, (1 << 63) - 1)
+        return self._chats.setdefault(chat, self._chats.get(parent, str(chat)))
+
+    def _timestamp(self, fields: dict[str, Any]) -> float:
         value = fields.get("timestamp")
-        if type(value) not in (int, float) or not 0 <= value <= MAX_TIMESTAMP:
-            raise self._error("timestamp", value, f"milliseconds, 0 to {MAX_TIMESTAMP:.0e}")
-        return float(value) / 1000
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= MAX_TIMESTAMP:
+            raise self._error("timestamp", value, f"a number from 0 to {MAX_TIMESTAMP:.0e}")
+        return float(value)
 
     def _integer(self, fields: dict[str, Any], name: str, low: int, high: int) -> int:
         value = fields.get(name)
@@ -227,7 +237,7 @@ class _Reader:
 
     def _text(self, fields: dict[str, Any], name: str) -> str:
         value = fields.get(name)
-        if type(value) is int:  # session numbers are common
+        if isinstance(value, int) and not isinstance(value, bool):  # session numbers are common
             value = str(value)
         if value is None:
             return ""
