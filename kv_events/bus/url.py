@@ -14,9 +14,11 @@ redis://[user:password@]host[:port][/db]/STREAM      a Redis Stream; rediss:// w
 
 from __future__ import annotations
 
+import re
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from ipaddress import IPv6Address
 from typing import NoReturn
 from urllib.parse import parse_qsl, quote, unquote, urlencode, urlsplit
 
@@ -32,10 +34,13 @@ ZMQ_OPTIONS = ("replay", "topic", "dialect", "worker", "model", "block_size", "a
 MAX_URL_CHARS = 2048
 MAX_NAME_CHARS = 128  # of a worker, a model, a stream, a host's label and all: as long as names are elsewhere
 MAX_HOST_CHARS = 253  # of a domain name (RFC 1035)
+NOT_HOSTS = ("dns", "google-c2p", "google-c2p-experimental", "ipv4", "ipv6", "unix", "unix-abstract", "vsock", "xds")
+"""What gRPC takes for a way to find a server (`unix:80` for a socket in the file system), not for a server's name."""
 REDIS_PORT = 6379
 MAX_REDIS_DATABASE = 2**16 - 1
 
 _FIELD = "events_url"
+_LABEL = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.IGNORECASE)  # of a domain name (RFC 1035), laxly
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,7 +114,7 @@ def parse_bus_url(url: str) -> BusUrl:
         parts = urlsplit(url)
         host, port = parts.hostname or "", parts.port
     except ValueError:  # a port that is none, or brackets that do not close
-        _refuse(url, f"{scheme}://host:port with a port from 0 to 65535")
+        _refuse(url, f"{scheme}://host:port with a port from 0 to 65535, an IPv6 address as host in brackets")
     if parts.fragment or "#" in url:
         _refuse(url, "no fragment (#...)")
     if scheme != "zmq" and "?" in url:
@@ -213,11 +218,19 @@ def _memory(url: str) -> BusUrl:
 
 
 def _host(url: str, host: str) -> str:
-    known = all(char.isalnum() or char in ".-_:%" for char in host)
-    if not 1 <= len(host) <= MAX_HOST_CHARS or not known or host[0] in ".-_%":  # libzmq takes none that begins so
+    if ":" in host:  # it was in brackets
+        try:
+            return IPv6Address(host) and host
+        except ValueError:
+            _refuse(url, "an IPv6 address in the brackets")
+    labels = host.removesuffix(".").split(".")
+    if len(host) > MAX_HOST_CHARS or not all(map(_LABEL.fullmatch, labels)) or host[0] == "_":  # libzmq takes none such
         _refuse(
-            url, f"a host of 1 to {MAX_HOST_CHARS} letters, digits, dots and dashes, or an IPv6 address in brackets"
+            url,
+            f"a host of 1 to {MAX_HOST_CHARS} letters, digits, dots and inner dashes, or an IPv6 address in brackets",
         )
+    if host in NOT_HOSTS:
+        _refuse(url, f"a host with another name: {host}: means something else to gRPC")
     return host
 
 

@@ -98,7 +98,7 @@ class ZmqEventSource:
             state = await self._state_at(proof)
             if epoch not in (0, state.epoch):
                 raise Conflict(f"{state.worker}: this is epoch {state.epoch}, {epoch} was asked for")
-            epoch, seq = state.epoch, from_seq
+            epoch, seq, newest = state.epoch, from_seq, -1
             behind = True  # the first page is asked for in any case: it tells Conflict and Trimmed
             while True:
                 while behind:
@@ -120,11 +120,16 @@ class ZmqEventSource:
                     behind = seq < number
                 elif number > seq:
                     behind = True  # that brings this one, too
+                elif payload[:1] == frames.FOR_OTHERS:
+                    if number <= newest:  # a publisher's numbers rise: this is another one
+                        await self._current_state(epoch)
+                    behind = number == seq  # the answer has our own fields
                 else:
                     batch = _batch(payload, state.worker, epoch, number)
                     if number == seq:
                         seq += 1
                         yield batch
+                newest = number
         finally:
             live.close()
 

@@ -26,6 +26,10 @@ TELL_S = 3.0
 """For the first answer or message. Servers look at their replay socket every 0.1 s; ours answers at once."""
 
 
+ANSWER_S = 0.5
+"""For an answer after a message in vLLM's shape: one of ours may publish for others, and is then read by its answers."""
+
+
 class DialectSource:
     """An EventSource over a ZmqPublisher of ours or, where that is not what answers, a foreign server."""
 
@@ -68,16 +72,19 @@ class DialectSource:
 
 
 async def is_ours(bus: BusUrl) -> bool:
-    """Whether a publisher of ours is there, by its answer to a probe or its first batch, whichever comes first; False,
-    too, for one that does neither. Raises Unavailable when nobody is there."""
+    """Whether a publisher of ours is there, by its answer to a probe or, if it is sooner and ours, its first batch;
+    False, too, for one that does neither. Raises Unavailable when nobody is there."""
     live = subscriber(bus.topic.encode())
     monitor = LoopSocket.monitoring(live, zmq.EVENT_HANDSHAKE_SUCCEEDED | zmq.EVENT_DISCONNECTED)
     asking = asker(bus.host, bus.replay_port)
     live.connect(bus.host, bus.port)
-    hearing = {asyncio.create_task(_answered(asking)), asyncio.create_task(_published(live))}
+    answered = asyncio.create_task(_answered(asking))
+    hearing = {answered, asyncio.create_task(_published(live))}
     try:
         told, _ = await asyncio.wait(hearing, timeout=TELL_S, return_when=asyncio.FIRST_COMPLETED)
         if told:
+            if not any(task.result() for task in told) and answered not in told:
+                told, _ = await asyncio.wait({answered}, timeout=ANSWER_S)
             return any(task.result() for task in told)
         connected = False
         while (message := monitor.take()) is not None:

@@ -35,6 +35,9 @@ PROOF_PREFIX = b"\0rhizome/"
 such a subscription, all that came before it on the same connection are in force."""
 MAX_PROOF_BYTES = 64
 
+FOR_OTHERS = b"\x93"
+"""How a batch begins that is published without our own fields: an array of three. (Ours have eight or more.)"""
+
 MAX_REQUEST_BYTES = 256
 MAX_DETAIL_BYTES = 512
 MAX_ANSWER_BYTES = MAX_REQUEST_BYTES + MAX_DETAIL_BYTES + MAX_STRING_BYTES

@@ -15,13 +15,16 @@ import pytest
 
 from kv_events import wire
 from kv_events.bus import EventSource, zmq, zmq_dialect, zmq_frames, zmq_publisher
+from kv_events.bus.follow import follow
 from kv_events.bus.url import BusUrl, open_source
 from kv_events.bus.zmq import ZmqEventSource
 from kv_events.bus.zmq_frames import Answer, ReplayRequest, SnapshotRequest
 from kv_events.bus.zmq_publisher import ZmqPublisher
 from kv_events.events import BlockStored
 from kv_events.log import EventLog
+from kv_events.view import WorkerView
 from kv_events.wire import WireError
+from radix import make_tree
 from rhizome.errors import Trimmed, Unavailable
 
 PATIENCE_S = 60.0
@@ -336,6 +339,63 @@ def test_the_dialect_is_found_out() -> None:
                 assert (await source.snapshot()).next_seq == log.next_seq
                 async with aclosing(source.subscribe(0, 1)) as batches:
                     assert (await anext(batches)).seq == 1
+
+    run(test())
+
+
+def test_batches_that_are_published_for_others_are_read_with_their_digests() -> None:
+    """Where dialect=auto finds a publisher of ours, its batches are asked for, as those that it publishes lack our own
+    fields; a reader needs no snapshot for it."""
+
+    class Counted(ZmqPublisher):
+        snapshots = 0
+
+        async def _send_piece(self, *of: Any) -> None:
+            self.snapshots += 1
+            await super()._send_piece(*of)
+
+    async def test() -> None:
+        log = some_log()
+        publisher = Counted(log, "kv@w0@m", for_others=True)
+        view = WorkerView("w0", 0, make_tree())
+        async with served(publisher) as bus:
+            telling = asyncio.create_task(zmq_dialect.is_ours(bus))
+            while not telling.done():  # live batches do not mislead it
+                append(log, log.next_seq + 1)
+                await asyncio.sleep(0.001)
+            assert await telling
+            async with open_source(replace(bus, dialect="auto")) as source:
+                following = asyncio.create_task(follow(source, view, first_delay_s=0.001))
+                for _ in range(50):
+                    append(log, log.next_seq + 1)
+                    await asyncio.sleep(0.002)
+                await until(lambda: view.synced and view.position() == (5, log.next_seq))
+                following.cancel()
+                await asyncio.gather(following, return_exceptions=True)
+        assert view.counts.malformed == 0
+        assert publisher.snapshots == 1
+
+    run(test())
+
+
+def test_another_publisher_for_others_is_noticed_by_its_numbers() -> None:
+    """It begins anew at the same ports: without our own fields nothing else in its batches shows it."""
+
+    async def test() -> None:
+        log, other = some_log(8), EventLog("w0", 6, 16)
+        publisher = ZmqPublisher(log, "kv@w0@m", for_others=True)
+        async with served(publisher) as bus, open_source(bus) as source:
+            batches = source.subscribe(5, 0)
+            for _ in range(8):
+                await anext(batches)
+            append(log, 9)
+            assert (await anext(batches)).seq == 8
+            publisher._log = other
+            append(other, 1)
+            publisher._live.send([b"kv@w0@m", *publisher._numbered(other.read(0, 1)[0])])
+            with pytest.raises(Unavailable, match="has started anew"):
+                await anext(batches)
+            await batches.aclose()
 
     run(test())
 
