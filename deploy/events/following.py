@@ -13,7 +13,9 @@ from deploy.events.targets import Targets
 from kv_events.bus import EventConsumer, EventSource
 from kv_events.bus.follow import follow
 from kv_events.events import EventBatch, Snapshot
-from rhizome.errors import InvalidRequest, Unavailable
+from kv_events.inspect.observer import ObservedStream
+from kv_events.wire import WireError
+from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
 
 REFRESH_S = 1.0
 """How often a router is asked who is there."""
@@ -25,8 +27,11 @@ STEADY_S = 1.0
 class WatchedSource:
     """An EventSource that remembers what went wrong with it."""
 
-    def __init__(self, source: EventSource) -> None:
+    def __init__(self, source: EventSource, on_reached: Callable[[tuple[int, int]], None] | None = None) -> None:
+        """`on_reached` is told once, with the first snapshot, how far the stream had come by then: a bus may keep one
+        that is older than now."""
         self._source = source
+        self._on_reached = on_reached
         self._error = ""
         self._since_s = float("inf")  # of the subscription that runs
 
@@ -62,6 +67,12 @@ class WatchedSource:
             self._error = str(error)
             raise
         self._error = ""
+        if self._on_reached is not None:
+            since: list[EventBatch] = []
+            with suppress(RhizomeError, WireError):  # what is wrong shows when the stream is read
+                since = await self._source.replay(snapshot.epoch, snapshot.next_seq)
+            self._on_reached((snapshot.epoch, snapshot.next_seq + len(since)))
+            self._on_reached = None
         return snapshot
 
 
@@ -88,7 +99,7 @@ class Following:
     def problem_of(self, name: str) -> str:
         """What keeps one stream from being read now; empty while it works."""
         source = self._sources.get(name)
-        return source.problem if source else ""
+        return source.problem if source else self._targets.problems.get(name, "")
 
     @property
     def reached(self) -> bool:
@@ -120,13 +131,16 @@ class Following:
             stream = present[key]
             if stream.name not in self._consumers:
                 self._consumers[stream.name] = self._consumer_of(stream.name)
-            source = self._sources[stream.name] = WatchedSource(stream.source)
-            self._tasks[key] = asyncio.create_task(follow(source, self._consumers[stream.name], name=stream.name))
+            consumer = self._consumers[stream.name]
+            on_reached = consumer.live_from if isinstance(consumer, ObservedStream) else None
+            source = self._sources[stream.name] = WatchedSource(stream.source, on_reached)
+            self._tasks[key] = asyncio.create_task(follow(source, consumer, name=stream.name))
 
     def check_reached(self) -> None:
         """Raise Unavailable where nothing came from anybody."""
         if not self.reached:
-            raise Unavailable("; ".join(self.problems) or f"{self._targets.target}: no worker is there")
+            told = self.problems or [f"{name}: {why}" for name, why in self.unread.items()]
+            raise Unavailable("; ".join(told) or f"{self._targets.target}: no worker is there")
 
     async def close(self) -> None:
         """Follow nobody any more."""

@@ -10,7 +10,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 
-from deploy.events.following import following, ticks, wall_clock_ns
+from deploy.events.following import Following, following, ticks, wall_clock_ns
 from deploy.events.progress import duration_text, progress_bar, size_text, status_line
 from deploy.events.show import Output, table
 from deploy.events.targets import Targets, open_targets
@@ -72,7 +72,7 @@ def _of_recording(path: Path, names: Collection[str], output: Output) -> None:
     if not output.as_json:
         size, seconds = size_text(path.stat().st_size), duration_text((last_ns - first_ns) / 1e9)
         output.text(f"{path}: {size}, {counted(len(observer.names), 'worker')}, {seconds}; rates are means", "note")
-    _print(output, observer.reports(last_ns / 1e9))
+    _print(output, [(report, state_of(report)) for report in observer.reports(last_ns / 1e9)])
 
 
 async def _live(targets: Targets, options: StatsOptions, output: Output) -> None:
@@ -89,29 +89,35 @@ async def _live(targets: Targets, options: StatsOptions, output: Output) -> None
                     await followed.refresh()
                     show(f"watching {targets.target}: {duration_text(round(elapsed_s))} · Ctrl-C ends")
                     if every_s is not None and elapsed_s - shown_s >= every_s * 0.99:
-                        _print(output, observer.reports(now_s()), time.strftime("%H:%M:%S"))
+                        _print(output, _with_states(observer, followed, now_s()), time.strftime("%H:%M:%S"))
                         shown_s = elapsed_s
+        for name in targets.problems:  # their streams cannot be opened: a row without numbers
+            observer.add(name)
+        if every_s is None and (followed.reached or targets.router is not None):
+            _print(output, _with_states(observer, followed, now_s()))
         followed.check_reached()
         problems = followed.problems
     for problem in problems:
         print(f"rhizome: {printable(problem)}", file=sys.stderr)
-    if every_s is None:
-        _print(output, observer.reports(now_s()))
 
 
-def _print(output: Output, reports: Sequence[StreamReport], heading: str = "") -> None:
+def _with_states(observer: Observer, followed: Following, now_s: float) -> list[tuple[StreamReport, str]]:
+    return [(report, state_of(report, followed.problem_of(report.name))) for report in observer.reports(now_s)]
+
+
+def _print(output: Output, reports: Sequence[tuple[StreamReport, str]], heading: str = "") -> None:
     if output.as_json:
-        for report in reports:
-            output.json(report.as_json())
-    else:
+        for report, state in reports:
+            output.json(report.as_json() | {"state": state})
+    elif reports:
         if heading:
             output.text(heading, "note")
-        for line in table(HEADS, [_row(report) for report in reports]):
+        for line in table(HEADS, [_row(report, state) for report, state in reports]):
             output.line(line)
     output.flush()
 
 
-def _row(report: StreamReport) -> list[str]:
+def _row(report: StreamReport, state: str) -> list[str]:
     numbers, counts = report.numbers, report.counts
     return [
         printable(report.worker if "://" in report.name and report.worker else report.name),
@@ -128,11 +134,14 @@ def _row(report: StreamReport) -> list[str]:
         str(counts.gaps),
         str(counts.duplicates),
         str(counts.resyncs),
-        _state(report),
+        state,
     ]
 
 
-def _state(report: StreamReport) -> str:
+def state_of(report: StreamReport, problem: str = "") -> str:
+    """In a word or two; `problem` keeps the stream from being read."""
+    if problem:
+        return "not reached"
     if report.synced:
         return "in step"
     return "nothing came" if report.epoch == 0 else "behind"

@@ -109,6 +109,11 @@ class Observer:
         self.add(name)
         return self._streams[name].offer(batch, received_s, size_bytes)
 
+    def live_from(self, name: str, position: tuple[int, int]) -> None:
+        """What comes of a stream before this (epoch, seq) is not counted: nobody watched when it happened."""
+        self.add(name)
+        self._streams[name].live_from = position
+
     def restore(self, name: str, snapshot: Snapshot, received_s: float) -> bool:
         """Replace all that is known by a snapshot; False, and no change, when it is stale or does not verify."""
         self.add(name)
@@ -161,6 +166,10 @@ class ObservedStream:
         """See EventConsumer."""
         return self._observer.position(self._name)
 
+    def live_from(self, position: tuple[int, int]) -> None:
+        """Batches before this (epoch, seq) were there before anybody watched: they are held, and in no rate or lag."""
+        self._observer.live_from(self._name, position)
+
     def offer(self, batch: EventBatch) -> Resync:
         """See EventConsumer."""
         return self._observer.offer(self._name, batch, self._clock())
@@ -187,13 +196,15 @@ class _Stream:
         self.stats = stats
         self.view: WorkerView | None = None
         self._tree = tree
+        self.live_from = (0, 0)
         self._now_s = 0.0
         self._restoring = False
         self.digest, self.refused, self.room, self.count = tree.digest, tree.refused, tree.room, tree.count
 
     def offer(self, batch: EventBatch, received_s: float, size_bytes: int | None) -> Resync:
         self._now_s = received_s
-        self.stats.received(batch, received_s, size_bytes)
+        if (batch.epoch, batch.seq) >= self.live_from:
+            self.stats.received(batch, received_s, size_bytes)
         return self._known(batch.worker).offer(batch)
 
     def restore(self, snapshot: Snapshot, received_s: float) -> bool:
@@ -213,6 +224,8 @@ class _Stream:
         if self._restoring:  # the first apply takes the snapshot over, further ones are batches that had waited for it
             self.stats.replaced(changes, self._now_s)
             self._restoring = False
+        elif self.view is not None and self.view.position() <= self.live_from:
+            self.stats.caught_up(changes, self._now_s)
         else:
             self.stats.applied(changes, self._now_s)
         self._tree.apply(worker, changes)

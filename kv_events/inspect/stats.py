@@ -107,6 +107,16 @@ class StreamStats:
                 self._clear(now_s)
         self._rates.add(now_s, (0, 0, self._stored - stored, self._removed - removed))
 
+    def caught_up(self, changes: Changes, now_s: float) -> None:
+        """Changes that took effect before anybody watched: part of what was held then, as in a snapshot."""
+        counts = self._stored, self._removed, self._repeats, self._returns, self._lifetimes, self._lifetime_sum_s
+        rates, self._rates = self._rates, _SlidingSums(None, columns=4)
+        self.applied(changes, now_s)
+        self._stored, self._removed, self._repeats, self._returns, self._lifetimes, self._lifetime_sum_s = counts
+        self._rates = rates
+        for block in changes.hashes.tolist():
+            self._since.pop(block, None)
+
     def cleared(self, now_s: float) -> None:
         """The worker started anew, with nothing: all blocks count as removed."""
         now_s = self._at(now_s)
