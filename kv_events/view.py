@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
-
 from kv_events.bus import Resync
-from kv_events.columns import changes_of, changes_to
+from kv_events.columns import are_distinct, changes_of, changes_to
 from kv_events.cursor import (
     Apply,
     DropBlocks,
@@ -192,7 +190,7 @@ class WorkerView:
             and snapshot.epoch >= 1
             and len(hashes) == len(parents)
             and bool(hashes.all())  # 0 is the root
-            and len(np.unique(hashes)) == len(hashes)
+            and are_distinct(hashes)
             and (masks is None or (len(masks) == len(hashes) and bool(((masks > 0) & (masks < 1 << len(Tier))).all())))
             and _digest_of(snapshot) == snapshot.digest
         )

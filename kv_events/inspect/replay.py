@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from kv_events.columns import changes_of, changes_to
+from kv_events.columns import are_distinct, changes_of, changes_to
 from kv_events.cursor import Apply, EventCursor
 from kv_events.events import BlockStored, EventBatch, Snapshot
 from kv_events.inspect.recording import Record, RecordKind
@@ -203,7 +203,7 @@ def is_sound(snapshot: Snapshot) -> bool:
     hashes, digest = snapshot.block_hashes, SetDigest()
     for tier in Tier:
         digest.add(hashes[snapshot.held_in(tier)], tier)
-    return bool(hashes.all()) and len(np.unique(hashes)) == len(hashes) and digest.value == snapshot.digest
+    return bool(hashes.all()) and are_distinct(hashes) and digest.value == snapshot.digest
 
 
 def _nothing(first: EventBatch, former: ReplayLog | None) -> Snapshot:

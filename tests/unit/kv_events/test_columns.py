@@ -6,7 +6,7 @@ import hypothesis.strategies as st
 import numpy as np
 from hypothesis import given, settings
 
-from kv_events.columns import changes_of, changes_to
+from kv_events.columns import are_distinct, changes_of, changes_to
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Snapshot, UnknownEvent
 from radix import make_tree
 from radix.digest import EMPTY_DIGEST
@@ -74,3 +74,9 @@ def test_a_chain_is_one_row_in_each_tier() -> None:
         (STORE, Tier.DEVICE, 2, [8, 9]),
         (STORE, Tier.HOST, 1, [2, 3, 4]),
     ]
+
+
+@given(st.lists(st.integers(1, 9) | st.just(2**64 - 1), max_size=9))
+def test_distinct_hashes_are_told_from_repeated_ones(hashes: list[int]) -> None:
+    """Wherever the second one is."""
+    assert are_distinct(blocks(*hashes)) == (len(set(hashes)) == len(hashes))

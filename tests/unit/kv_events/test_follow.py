@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kv_events.bus import follow as follow_module
 from kv_events.bus.follow import follow
 from kv_events.bus.memory import MemoryEventSource
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, Snapshot
@@ -143,6 +144,47 @@ def test_a_loop_that_follows_many_does_other_things_between_snapshots() -> None:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         assert all(after - before <= 1 for before, after in pairwise(between))
+
+    run(test())
+
+
+def test_few_snapshots_are_fetched_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many workers are followed; those that do not answer keep the others from it for a moment only."""
+    monkeypatch.setattr(follow_module, "PLACE_S", 0.05)
+
+    async def test() -> None:
+        fetching: set[str] = set()
+        most = 0
+
+        class Watched(MemoryEventSource):
+            def __init__(self, log: EventLog) -> None:
+                super().__init__(log)
+                self._worker = log.worker
+
+            async def snapshot(self) -> Snapshot:
+                nonlocal most
+                fetching.add(self._worker)
+                most = max(most, len(fetching))
+                await asyncio.sleep(0.001)
+                fetching.remove(self._worker)
+                return await super().snapshot()
+
+        class Mute(MemoryEventSource):
+            async def snapshot(self) -> Snapshot:
+                return await asyncio.Future()
+
+        logs = [EventLog(f"w{worker}", 1, 16) for worker in range(24)]
+        views = [WorkerView(log.worker, index, make_tree()) for index, log in enumerate(logs)]
+        tasks = []
+        for index, (log, view) in enumerate(zip(logs, views, strict=True)):
+            append(log, 1)
+            tasks.append(asyncio.create_task(follow((Mute if index < 8 else Watched)(log), view)))
+        for log, view in list(zip(logs, views, strict=True))[8:]:
+            await until_in_step(view, log)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        assert 1 <= most <= follow_module.FETCHED_AT_ONCE
 
     run(test())
 
