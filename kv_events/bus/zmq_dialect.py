@@ -27,7 +27,7 @@ TELL_S = 3.0
 
 
 ANSWER_S = 0.5
-"""For an answer after a message in vLLM's shape: one of ours may publish for others, and is then read by its answers."""
+"""For an answer after a message in vLLM's shape: one of ours that publishes for others is read by its answers."""
 
 
 class DialectSource:
