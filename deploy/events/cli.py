@@ -105,7 +105,7 @@ def tail(
         "tree",
         "tree --depth 3 --worker worker-0",
         "tree --below 3f0a91 --format json | jq .nodes",
-        "tree session.rhz --format svg --out tree.svg",
+        "tree session.rhz --out tree.svg",
     )
 )
 def tree(
@@ -116,7 +116,10 @@ def tree(
     ] = None,
     max_nodes: Annotated[int, typer.Option(min=0, max=100_000, help="most matched first, then largest")] = 60,
     worker: Worker = None,
-    form: Annotated[TreeForm, typer.Option("--format", help="svg needs Graphviz")] = TreeForm.TEXT,
+    form: Annotated[
+        TreeForm | None,
+        typer.Option("--format", help="svg needs Graphviz [default: as --out ends, else text]"),
+    ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="a file instead of standard output")] = None,
 ) -> None:
     """Show the prefix tree: who holds what, and, of a router, how many recent requests went there.
@@ -127,7 +130,7 @@ def tree(
     from kv_events.inspect.words import parse_key
 
     key = None if below is None else parse_key("below", below)
-    asyncio.run(run_tree(TreeOptions(target, depth, max_nodes, key, worker, form.value, out)))
+    asyncio.run(run_tree(TreeOptions(target, depth, max_nodes, key, worker, form and form.value, out)))
 
 
 @events_app.command(

@@ -12,13 +12,20 @@ from typing import TextIO
 from deploy.events.files import open_recording
 from deploy.events.progress import progress_bar, size_text
 from kv_events.inspect.jsonl import MAX_LINE_CHARS, read_lines, record_lines
-from kv_events.inspect.recording import Record, RecordingWriter, RecordKind
+from kv_events.inspect.recording import Record, RecordingWriter, RecordKind, is_recording
 from kv_events.inspect.words import counted
 from rhizome.errors import InvalidRequest
 
 STANDARD = "-"
-FORMS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".parquet": "parquet", ".pq": "parquet"}
-"""By a file's ending; any other is a recording, and `-` is JSON lines."""
+FORMS = {
+    ".rhz": "recording",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+    ".pq": "parquet",
+}
+"""By a file's ending; `-` is JSON lines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +42,10 @@ def run_convert(options: ConvertOptions) -> None:
 
     A destination is only there once it is whole: what is written is called .part until then.
     """
-    source, destination = _form(options.source), _form(options.destination)
     if options.source != STANDARD and not Path(options.source).is_file():
         limit = "a file that exists, or - for JSON lines on standard input"
         raise InvalidRequest("source", options.source, limit)
+    source, destination = _form("source", options.source), _form("destination", options.destination)
     if "recording" not in (source, destination):
         raise InvalidRequest("destination", options.destination, "a recording, where the source is none")
     with _output(options) as path:
@@ -52,8 +59,17 @@ def run_convert(options: ConvertOptions) -> None:
         print(f"rhizome: {options.source} was cut off: this is what is whole", file=sys.stderr)
 
 
-def _form(name: str) -> str:
-    return "jsonl" if name == STANDARD else FORMS.get(Path(name).suffix.lower(), "recording")
+def _form(field: str, name: str) -> str:
+    """Raises InvalidRequest where the name does not tell, and no recording is there."""
+    if name == STANDARD:
+        return "jsonl"
+    form = FORMS.get(Path(name).suffix.lower())
+    with suppress(OSError):
+        if form is None and field == "source" and is_recording(Path(name)):
+            return "recording"
+    if form is None:
+        raise InvalidRequest(field, name, f"a name that ends in one of {', '.join(FORMS)}; or -")
+    return form
 
 
 @contextmanager

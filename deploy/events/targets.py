@@ -96,7 +96,7 @@ async def open_targets(target: str = DEFAULT_TARGET, workers: Collection[str] = 
     """Open what `target` names: `router://host:port`, a bus URL (kv_events.bus.url) or a recording's file.
 
     `workers` keeps to these; of a router and a recording, which know theirs, each must be there. Raises InvalidRequest
-    for what is no target, Unavailable for a router that cannot be reached. A bus is reached when it is first read.
+    for what is no target, RecordingError for a damaged recording, Unavailable for a router that cannot be reached. A bus is reached when it is first read.
     """
     opened = Targets(target, _only=frozenset(workers))
     async with AsyncExitStack() as stack:
@@ -175,12 +175,11 @@ def _check_known(workers: Collection[str], known: Collection[str]) -> None:
 
 
 def _recorded_sources(path: Path) -> dict[str, RecordedSource]:
+    """Raises InvalidRequest for what is no recording, RecordingError for a damaged one."""
+    from deploy.events.files import open_recording
     from kv_events.bus.recorded import recorded_sources
-    from kv_events.inspect.recording import RecordingError
 
     if not path.is_file():
         raise InvalidRequest("target", str(path), _KINDS)
-    try:
-        return recorded_sources(path)
-    except (RecordingError, OSError) as error:
-        raise InvalidRequest("target", str(path), f"a recording that can be read ({error})") from error
+    open_recording("target", path).close()
+    return recorded_sources(path)

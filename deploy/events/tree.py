@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from deploy.events.progress import progress_bar
@@ -40,7 +40,7 @@ class TreeOptions:
     max_nodes: int = DEFAULT_NODES
     below: KeyRange | None = None
     worker: str | None = None
-    form: str = "text"  # or json, dot, svg
+    form: str | None = None  # text, json, dot or svg; None: by the ending of `out`, else text
     out: Path | None = None
 
 
@@ -54,8 +54,25 @@ class NamedTree:
     left_out: list[str] = field(default_factory=list)  # what is missing, in words
 
 
+FORMS = {".txt": "text", ".json": "json", ".dot": "dot", ".gv": "dot", ".svg": "svg"}
+"""By a file's ending."""
+
+
+def form_of(options: TreeOptions) -> str:
+    """In which form the tree is wanted. Raises InvalidRequest for a file whose ending does not tell."""
+    if options.form is not None:
+        return options.form
+    if options.out is None:
+        return "text"
+    form = FORMS.get(options.out.suffix.lower())
+    if form is None:
+        raise InvalidRequest("out", str(options.out), f"a name that ends in one of {', '.join(FORMS)}, or --format")
+    return form
+
+
 async def run_tree(options: TreeOptions) -> None:
     """Print the cut, or write it. Raises InvalidRequest, Unavailable, WireError."""
+    options = replace(options, form=form_of(options))
     if options.form == "svg":
         _graphviz()
     async with open_targets(options.target, [options.worker] if options.worker else []) as targets:

@@ -259,6 +259,7 @@ class RecordingReader:
     def __init__(self, file: Path | str | BinaryIO) -> None:
         """A path, or a file that is open for reading and can be sought; it is closed with the reader. Raises OSError
         where a path cannot be opened."""
+        self._name = str(file) if isinstance(file, Path | str) else ""
         self._file = Path(file).open("rb") if isinstance(file, Path | str) else file  # noqa: SIM115 - closed by close()
         try:
             self.size_bytes = self._file.seek(0, os.SEEK_END)
@@ -267,8 +268,10 @@ class RecordingReader:
             self._names: list[str] = []
             self._index: Frame | None = None
             self._read_index()
-        except BaseException:
+        except BaseException as error:
             self._file.close()
+            if isinstance(error, RecordingError):
+                error.name_file(self._name)
             raise
 
     def __enter__(self) -> RecordingReader:
@@ -297,6 +300,15 @@ class RecordingReader:
         With `position` (worker, epoch, seq) they begin at, or somewhat before, the first batch of that worker at or
         past it.
         """
+        try:
+            yield from self._records(workers, from_ns, position)
+        except RecordingError as error:
+            error.name_file(self._name)
+            raise
+
+    def _records(
+        self, workers: Collection[str] | None, from_ns: int, position: tuple[str, int, int] | None
+    ) -> Iterator[Record]:
         names = dict(enumerate(self._names))
         for frame in self._chunks(*self._start(from_ns, position)):
             for kind, number, time_ns, payload in parse_records(self._body(frame), frame):

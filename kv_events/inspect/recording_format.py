@@ -73,6 +73,11 @@ class RecordingError(WireError):
         super().__init__(f"{message} (at byte {offset})")
         self.offset = offset
 
+    def name_file(self, file: str) -> None:
+        """Begin the message with the file's name, once it is known."""
+        if file and not str(self).startswith(f"{file}: "):
+            self.args = (f"{file}: {self}",)
+
 
 class RecordKind(IntEnum):
     """What a record holds."""

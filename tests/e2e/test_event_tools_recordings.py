@@ -159,7 +159,7 @@ def test_verify_names_what_is_wrong_and_ends_with_1(events: Command, tmp_path: P
     (tmp_path / "b.rhz").write_bytes(data)
     told = events("verify", tmp_path / "b.rhz")
     assert told.code == 1
-    assert "damaged: a frame's body is damaged (at byte 32)" in told.out
+    assert f"damaged: {tmp_path / 'b.rhz'}: a frame's body is damaged (at byte 32)" in told.out
     for command in (("stats",), ("replay",), ("diff", tmp_path / "a.rhz"), ("convert", "--force")):
         told = events(*command, tmp_path / "b.rhz", *([tmp_path / "c.jsonl"] if command[0] == "convert" else []))
         assert told.code == 1
@@ -209,7 +209,7 @@ def test_convert_there_and_back(events: Command, tmp_path: Path) -> None:
     """By endings, through pipes, to the same bytes; a copy of a recording that was cut off has an index."""
     recorded(tmp_path / "a.rhz")
     data = (tmp_path / "a.rhz").read_bytes()
-    for ending in ("jsonl", "parquet", "rhz2"):
+    for ending in ("jsonl", "parquet", "rhz"):
         told = events("convert", tmp_path / "a.rhz", tmp_path / f"b.{ending}")
         assert (told.code, told.out) == (0, "")
         assert "203 records" in told.err
@@ -224,6 +224,34 @@ def test_convert_there_and_back(events: Command, tmp_path: Path) -> None:
     assert told.code == 0
     assert "was cut off" in told.err
     assert (tmp_path / "mended.rhz").read_bytes() == data
+
+
+def test_an_ending_that_is_not_known_is_refused(events: Command, tmp_path: Path) -> None:
+    """Naming those that are; nothing is written. A recording is known by its first bytes, too."""
+    recorded(tmp_path / "a.rhz")
+    (tmp_path / "a.copy").write_bytes((tmp_path / "a.rhz").read_bytes())
+    told = refusal(events("convert", tmp_path / "a.rhz", tmp_path / "b.csv"))
+    assert f"destination is '{tmp_path / 'b.csv'}': a name that ends in one of .rhz, .jsonl, " in told
+    (tmp_path / "a.csv").write_text("1,2\n")
+    assert "source is" in refusal(events("convert", tmp_path / "a.csv", tmp_path / "b.rhz"))
+    assert not any(tmp_path.glob("b.*"))
+    assert events("convert", tmp_path / "a.copy", tmp_path / "b.rhz").code == 0
+
+
+@pytest.mark.parametrize("command", ["tail", "tree", "stats", "replay", "verify", "diff", "convert"])
+@pytest.mark.parametrize("where", ["index", "chunk"])
+def test_damage_ends_with_1_and_names_the_file(events: Command, tmp_path: Path, command: str, where: str) -> None:
+    """Whatever reads it, and wherever the damage is: 2 is for what is no recording."""
+    path = tmp_path / "a.rhz"
+    recorded(path)
+    data = bytearray(path.read_bytes())
+    data[-40 if where == "index" else 60] ^= 1
+    path.write_bytes(data)
+    more = {"diff": [path], "convert": [tmp_path / "b.jsonl"]}.get(command, [])
+    told = events(command, path, *more)
+    assert told.code == 1, told
+    assert f"{path}: " in told.out + told.err
+    assert "damaged" in told.out + told.err
 
 
 @pytest.mark.parametrize("command", ["tail", "tree", "stats", "replay"])

@@ -189,5 +189,5 @@ def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
     """Bad input, not a crash."""
     path = tmp_path / "file"
     path.write_bytes(b"something else")
-    with pytest.raises(InvalidRequest, match="a recording that can be read"):
+    with pytest.raises(InvalidRequest, match="a recording of events"):
         asyncio.run(run_tail(TailOptions(str(path))))

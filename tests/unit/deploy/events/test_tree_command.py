@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from deploy.events.tree import TreeOptions, run_tree
+from deploy.events.tree import TreeOptions, form_of, run_tree
 from kv_events.bus.url import publishing
 from kv_events.events import BlockStored
 from kv_events.inspect.words import parse_key
@@ -34,6 +34,20 @@ def recording(tmp_path: Path) -> tuple[str, Fleet]:
 
 def held(fleet: Fleet) -> dict[str, set[int]]:
     return {name: set(log.snapshot().block_hashes.tolist()) for name, log in fleet.logs.items()}
+
+
+def test_a_files_ending_tells_the_form(recording: tuple[str, Fleet], tmp_path: Path) -> None:
+    """Unless --format does; one that is not known is refused, and nothing is written."""
+    path, _ = recording
+    for name, begins in (("t.dot", "digraph"), ("t.json", "{"), ("t.txt", f"{path}")):
+        asyncio.run(run_tree(TreeOptions(path, out=tmp_path / name)))
+        assert (tmp_path / name).read_text().startswith(begins), name
+    asyncio.run(run_tree(TreeOptions(path, form="json", out=tmp_path / "t.svg")))
+    assert json.loads((tmp_path / "t.svg").read_text())
+    assert form_of(TreeOptions(path, out=tmp_path / "t.SVG")) == "svg"
+    with pytest.raises(InvalidRequest, match="ends in one of .txt, .json, .dot, .gv, .svg, or --format"):
+        asyncio.run(run_tree(TreeOptions(path, out=tmp_path / "t.png")))
+    assert not (tmp_path / "t.png").exists()
 
 
 def test_a_recording_is_played_to_its_end(recording: tuple[str, Fleet], capsys: pytest.CaptureFixture[str]) -> None:
