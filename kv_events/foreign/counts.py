@@ -14,6 +14,7 @@ class MapCounts:
     removed: int = 0  # foreign blocks, each time that one ceased to be held in a tier
     cleared: int = 0
     unknown: int = 0  # of a kind that this release does not know
+    odd: int = 0  # fields of events that could not be read, and that no key depends on
     # Stores that were not mapped, by reason.
     other_groups: int = 0  # of a group whose attention is not full
     remote: int = 0  # of blocks that are not on the server itself

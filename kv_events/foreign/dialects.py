@@ -4,7 +4,7 @@
 
 An event is an array that begins with its type (vLLM up to 0.23, SGLang up to 0.5.19) or a map with a "type" (later).
 Fields grew release by release, and differently in the two: one that is missing or nil has its default, one that is not
-known is passed over, and one of a wrong type or size refuses the batch.
+known is passed over, and one of a wrong type or size refuses the batch, if any key may depend on it.
 
 Reading takes a small multiple of the payload's own memory: of a batch one event is unpacked at a time, of a large event
 one field, of a large field some values.
@@ -12,8 +12,9 @@ one field, of a large field some values.
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any, Literal
@@ -33,9 +34,11 @@ from kv_events.foreign.events import (
     ForeignUnknown,
 )
 from kv_events.foreign.fields import (
+    ADVISORY,
     FIELDS,
     MAX_FIELDS,
     MAX_INDEX,
+    ODD,
     POSITIONS,
     event_from,
     event_of,
@@ -211,6 +214,8 @@ def _walk(reader: _Reader, room: _Room) -> ForeignEvent:
             fields["block_hashes"] = reader.scalars("block_hashes", room.hashes)
         elif name == "extra_keys":
             fields["extra_keys"] = reader.extra_keys(room)
+        elif name in ADVISORY:
+            fields[str(name)] = reader.value_or_odd()
         else:
             fields[str(name)] = reader.value()
 
@@ -284,6 +289,14 @@ class _Reader:
             raise WireError(f"a value has {len(data)} bytes: at most {_SMALL}")
         return msgpack.unpackb(data)
 
+    def value_or_odd(self) -> Any:
+        """The next value, or ODD where it is large or none of ours."""
+        data = self.next_bytes()
+        try:
+            return msgpack.unpackb(data) if len(data) <= _SMALL else ODD
+        except _REFUSED:
+            return ODD
+
     def tokens(self, limit: int) -> Tokens | None:
         if not self._at_array():
             return self.value()  # type: ignore[no-any-return] # refused where it is looked at, unless nil
@@ -302,13 +315,16 @@ class _Reader:
     def extra_keys(self, room: _Room) -> Any:
         if not self._at_array():
             return self.value()
-        start, keys = self._unpacker.tell(), []
-        for chunk in self._small_values(self.array_header("extra_keys", MAX_EXTRA_KEYS_PER_EVENT)):
-            if self._unpacker.tell() - start > room.extra_bytes and chunk.count(None) < len(chunk):
+        keys: list[Any] = []
+        size = 0
+        count = self.array_header("extra_keys", MAX_EXTRA_KEYS_PER_EVENT)
+        for chunk, chunk_bytes in self._sized_values(count, _mark_of):
+            size += chunk_bytes
+            if size > room.extra_bytes and chunk.count(None) < len(chunk):
                 room.extra_bytes = -1
                 room.check()
             keys += [extra_key_of(value) for value in chunk]
-        room.extra_bytes -= self._unpacker.tell() - start if any(keys) else 0
+        room.extra_bytes -= size if any(keys) else 0
         return keys
 
     def finish(self) -> None:
@@ -325,6 +341,10 @@ class _Reader:
 
     def _small_values(self, count: int) -> Iterator[list[Any]]:
         """So many values, each of them small, unpacked some at a time."""
+        return (values for values, _ in self._sized_values(count, _refuse_large))
+
+    def _sized_values(self, count: int, large: Callable[[bytes], Any]) -> Iterator[tuple[list[Any], int]]:
+        """So many values, some at a time, and their bytes; in the place of a large one what `large` says, for nothing."""
         skip, tell = self._unpacker.skip, self._unpacker.tell
         start = end = tell()
         taken = 0
@@ -333,13 +353,17 @@ class _Reader:
             skip()
             end = tell()
             if end - before > _SMALL:
-                raise WireError(f"a value has {end - before} bytes: at most {_SMALL}")
+                if taken:
+                    yield self._unpacked(start, before, taken), before - start
+                yield [large(self._data[before:end])], 0
+                start, taken = end, 0
+                continue
             taken += 1
             if end - start > _SMALL:
-                yield self._unpacked(start, end, taken)
+                yield self._unpacked(start, end, taken), end - start
                 start, taken = end, 0
         if taken:
-            yield self._unpacked(start, end, taken)
+            yield self._unpacked(start, end, taken), end - start
 
     def _unpacked(self, start: int, end: int, count: int) -> list[Any]:
         values: list[Any] = msgpack.unpackb(b"\xdd" + count.to_bytes(4, "big") + self._data[start:end])
@@ -359,3 +383,12 @@ class _Reader:
         if count > limit:
             raise WireError(f"{field} has {count} elements: at most {limit}")
         return int(count)
+
+
+def _refuse_large(data: bytes) -> Any:
+    raise WireError(f"a value has {len(data)} bytes: at most {_SMALL}")
+
+
+def _mark_of(data: bytes) -> tuple[ExtraKey, ...]:
+    """In the place of a block's large extra keys: its keys are then no plain prompt's, and no other such block's."""
+    return (hashlib.blake2b(data, digest_size=32).digest(),)

@@ -18,6 +18,10 @@ NO_TOKENS: Tokens = np.empty(0, dtype=np.uint32)
 NO_TOKENS.flags.writeable = False
 
 
+REMOTE = "REMOTE"  # the locality of blocks that another host holds for a server: it would have to fetch them
+ODD_KIND = "?"  # a group's kind that cannot be read: not full attention, for all that is known
+
+
 class ForeignStored(NamedTuple):
     """A chain of blocks is held now.
 
@@ -38,6 +42,7 @@ class ForeignStored(NamedTuple):
     spec_kind: str | None = None  # full_attention, sliding_window, mamba ...
     sliding_window: int | None = None  # tokens
     locality: str | None = None  # LOCAL or REMOTE, as seen from the server; None: not told
+    odd: int = 0  # fields that no key depends on, and that could not be read
 
 
 class ForeignRemoved(NamedTuple):
@@ -47,6 +52,7 @@ class ForeignRemoved(NamedTuple):
     medium: str = "GPU"
     group_idx: int | None = None
     locality: str | None = None
+    odd: int = 0  # as in a store
 
 
 class ForeignCleared(NamedTuple):

@@ -9,6 +9,8 @@ import numpy as np
 
 from kv_events.foreign.events import (
     NO_TOKENS,
+    ODD_KIND,
+    REMOTE,
     BlockHash,
     ExtraKey,
     ForeignCleared,
@@ -25,6 +27,8 @@ MAX_HASH_BYTES = 64  # SHA-512; known are 8, 16 and 32
 MAX_SALT_CHARS = 4000  # of salts and adapters' names, which users choose; at 4 bytes each they are small values
 MAX_DEPTH = 4  # of extra keys within a block's: an image is (identifier, offset)
 MAX_INDEX = 2**31 - 1  # of ranks, groups and windows
+
+ADAPTERS = (-(2**63), 2**64 - 1)  # their numbers
 
 _INTEGERS = {int}
 _HASHES = {int, bytes}
@@ -52,6 +56,13 @@ POSITIONS = {
 FIELDS = POSITIONS | {"BlockStored": (*POSITIONS["BlockStored"], "cache_salt")}
 """What maps have; what else they have is passed over."""
 
+ADVISORY = frozenset({"lora_id", "group_idx", "kv_cache_spec_kind", "kv_cache_spec_sliding_window", "locality"})
+"""Fields that no key depends on (an adapter's number: where it has a name). One that cannot be read does not cost the
+batch: it counts as not told, and where that could claim too much, the store as one of blocks that do not count."""
+
+ODD: Any = object()
+"""Stands for such a field that could not even be unpacked."""
+
 
 def event_of(value: Any) -> ForeignEvent:
     """An event from an array or a map. Raises WireError."""
@@ -74,12 +85,13 @@ def event_from(kind: Any, fields: Mapping[Any, Any]) -> ForeignEvent:
     if kind == "BlockRemoved":
         get = fields.get
         medium, group, locality = get("medium"), get("group_idx"), get("locality")
-        return ForeignRemoved(
-            _hashes(get("block_hashes")),
-            "GPU" if medium is None else text("medium", medium),
-            None if group is None else integer("group_idx", group, 0, MAX_INDEX),
-            None if locality is None else text("locality", locality),
-        )
+        odd = 0
+        if group is not None and not _is_index(group):
+            group, odd = None, 1
+        if locality is not None and not _is_short_text(locality):
+            locality, odd = None, odd + 1
+        medium = "GPU" if medium is None else text("medium", medium)
+        return ForeignRemoved(_hashes(get("block_hashes")), medium, group, locality, odd)
     if kind == "AllBlocksCleared":
         return ForeignCleared()
     return ForeignUnknown(text("the type of an event", kind))
@@ -96,21 +108,45 @@ def _stored(fields: Mapping[Any, Any]) -> ForeignStored:
         lora_name = lora_name.get("lora_name")
     if type(lora_id) is str:  # SGLang's own numbers of adapters are text
         lora_id, lora_name = None, lora_id if lora_name is None else lora_name
+    odd = 0
+    if lora_id is not None and lora_name is not None and not _is_adapter(lora_id):
+        lora_id, odd = None, 1
+    if group is not None and not _is_index(group):
+        group, odd = None, odd + 1
+    if spec_kind is not None and not _is_short_text(spec_kind):
+        spec_kind, group, odd = ODD_KIND, None, odd + 1  # what is known of the group's kind stays so
+    if window is not None and not _is_index(window):
+        window, odd = None, odd + 1
+    if locality is not None and not _is_short_text(locality):
+        locality, odd = REMOTE, odd + 1
     return ForeignStored(
         _hashes(get("block_hashes")),
         None if parent is None else _hashes([parent])[0],
         _tokens(get("token_ids")),
         0 if block_size is None else integer("block_size", block_size, 0, MAX_BLOCK_SIZE),
         "GPU" if medium is None else text("medium", medium),
-        None if lora_id is None else integer("lora_id", lora_id, -(2**63), 2**64 - 1),
+        None if lora_id is None else integer("lora_id", lora_id, *ADAPTERS),
         None if lora_name is None else text("lora_name", lora_name, MAX_SALT_CHARS),
         _extra_keys(get("extra_keys")),
         None if salt is None else text("cache_salt", salt, MAX_SALT_CHARS),
-        None if group is None else integer("group_idx", group, 0, MAX_INDEX),
-        None if spec_kind is None else text("kv_cache_spec_kind", spec_kind),
-        None if window is None else integer("kv_cache_spec_sliding_window", window, 0, MAX_INDEX),
-        None if locality is None else text("locality", locality),
+        group,
+        spec_kind,
+        window,
+        locality,
+        odd,
     )
+
+
+def _is_index(value: Any) -> bool:
+    return type(value) is int and 0 <= value <= MAX_INDEX
+
+
+def _is_adapter(value: Any) -> bool:
+    return type(value) is int and ADAPTERS[0] <= value <= ADAPTERS[1]
+
+
+def _is_short_text(value: Any) -> bool:
+    return type(value) is str and len(value) <= MAX_STRING_BYTES
 
 
 def integer(field: str, value: Any, low: int, high: int) -> int:

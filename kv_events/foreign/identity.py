@@ -8,15 +8,13 @@ import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, tier_of
 from kv_events.foreign.counts import MapCounts
-from kv_events.foreign.events import BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
+from kv_events.foreign.events import REMOTE, BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
 from kv_events.foreign.labels import Groups
 from kv_events.wire import MAX_BLOCK_SIZE
 from radix.keys import ROOT_HASH
 from radix.tree import Tier
 
 MEDIUMS = {Tier.DEVICE: "GPU", Tier.HOST: "CPU", Tier.DISK: "DISK"}
-
-REMOTE = "REMOTE"  # the locality of blocks that another host holds for a server: it would have to fetch them
 
 MAX_PARENTS = 2**20
 """Blocks whose parents are remembered, for copies in other tiers that are told without: about 100 MiB."""
@@ -67,6 +65,7 @@ class IdentityMapper:
         self._parents, self._older = {}, {}
 
     def _store(self, event: ForeignStored) -> list[Event]:
+        self.counts.odd += event.odd
         if not self._groups.stores(event.group_idx, event.spec_kind):
             self.counts.other_groups += 1
             return []
@@ -89,6 +88,7 @@ class IdentityMapper:
         return [BlockStored(np.array(hashes, dtype=np.uint64), parent, self._block_size, None, medium)]
 
     def _remove(self, event: ForeignRemoved) -> list[Event]:
+        self.counts.odd += event.odd
         hashes = self._hashes(event.block_hashes)
         if event.locality == REMOTE or not self._groups.removes(event.group_idx) or not hashes:
             return []

@@ -18,8 +18,8 @@ import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event, tier_of
 from kv_events.foreign.counts import MapCounts
-from kv_events.foreign.events import BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
-from kv_events.foreign.identity import MEDIUMS, REMOTE, IdentityMapper
+from kv_events.foreign.events import REMOTE, BlockHash, ForeignCleared, ForeignEvent, ForeignRemoved, ForeignStored
+from kv_events.foreign.identity import MEDIUMS, IdentityMapper
 from kv_events.foreign.labels import Groups, Label, Realm, Realms, label_of
 from kv_events.foreign.nodes import Forest, Node, Orphan
 from kv_events.wire import MAX_BLOCK_SIZE
@@ -150,6 +150,7 @@ class KeyMapper:
     # Stores.
 
     def _store(self, event: ForeignStored) -> list[Event]:
+        self.counts.odd += event.odd
         if not self._groups.stores(event.group_idx, event.spec_kind):
             self.counts.other_groups += 1
             return []
@@ -304,6 +305,7 @@ class KeyMapper:
     # Removals.
 
     def _remove(self, event: ForeignRemoved) -> list[Event]:
+        self.counts.odd += event.odd
         if event.locality == REMOTE or not self._groups.removes(event.group_idx):
             return []
         forest = self._forest

@@ -15,8 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kv_events import wire
+from kv_events.events import BlockStored
 from kv_events.foreign import dialects, fields
 from kv_events.foreign.dialects import ForeignRemoved, ForeignStored, decode_foreign, dialect_of
+from kv_events.foreign.mapper import IdentityMapper, KeyMapper
 from tests.support import golden
 
 GOLDEN = golden.payloads()
@@ -109,13 +111,6 @@ REFUSED = {
     "a salt in the seventh place is a number": batch_of(
         ["BlockStored", [1], None, [], 1, None, None, {"cache_salt": 1}]
     ),
-    "group_idx is negative": stored(group_idx=-1),
-    "group_idx is huge": stored(group_idx=2**31),
-    "group_idx is text": stored(group_idx="0"),
-    "group_idx of a removal is text": batch_of({**REMOVED, "group_idx": "0"}),
-    "spec kind is a number": stored(kv_cache_spec_kind=1),
-    "window is negative": stored(kv_cache_spec_sliding_window=-1),
-    "locality is a number": stored(locality=1),
     "extra keys are text": stored(extra_keys="salt"),
     "extra keys are a map": stored(extra_keys={"a": 1}),
     "extra keys are nested deep": stored(extra_keys=[[[[[[1]]]]]]),
@@ -170,8 +165,60 @@ def test_every_limit_can_be_reached() -> None:
     assert len(decode_foreign(batch_of(*pages)).events) == 2**15
     decode_foreign(stored(lora_name="\U0001f40d" * 4000, cache_salt="x" * 4000))
     decode_foreign(batch_of(*[{**STORED, "extra_keys": [["x" * 10_000]]}] * 52))
+    decode_foreign(batch_of(*[{**STORED, "extra_keys": [["x" * 20_000]]}] * 53))
     decode_foreign(stored(extra_keys=[["x" * 100]] * 5_000))
     decode_foreign(stored(block_size=2**20, **{str(n): n for n in range(59)}))
+
+
+@pytest.mark.parametrize("padding", [0, 1 << 15])
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("group_idx", -1),
+        ("group_idx", 2**31),
+        ("group_idx", "0"),
+        ("kv_cache_spec_kind", 1),
+        ("kv_cache_spec_kind", "x" * 257),
+        ("kv_cache_spec_kind", ["full_attention"]),
+        ("kv_cache_spec_sliding_window", -1),
+        ("kv_cache_spec_sliding_window", "x" * 20_000),
+        ("locality", 1),
+        ("locality", {"node": "b"}),
+        ("lora_id", 1.5),
+        ("lora_id", msgpack.Timestamp(1, 2)),
+        ("lora_id", msgpack.ExtType(5, bytes(20_000))),
+    ],
+)
+def test_an_odd_field_that_no_key_depends_on_does_not_cost_the_batch(field: str, value: Any, padding: int) -> None:
+    """It is counted and left out, in stores and removals; a store that might claim too much for it claims nothing."""
+    told = {**STORED, "lora_name": "sql", "later": "x" * padding}
+    plain, odd = decode_foreign(batch_of(told, {**told, field: value})).events
+    assert isinstance(plain, ForeignStored)
+    assert isinstance(odd, ForeignStored)
+    assert odd.odd == 1
+    unsure = {"kv_cache_spec_kind": {"spec_kind": "?"}, "locality": {"locality": "REMOTE"}}.get(field, {})
+    assert repr(odd) == repr(plain._replace(odd=1, **unsure))
+    for mapper in (IdentityMapper(), KeyMapper("m", 1, adapter="sql")):
+        assert bool(mapper.map(odd)) is not bool(unsure)
+        assert mapper.counts.odd == 1
+    (removal,) = decode_foreign(batch_of({**REMOVED, "later": "x" * padding, field: value})).events
+    assert removal == ForeignRemoved((1,), odd=int(field in ("group_idx", "locality")))
+
+
+def test_large_extra_keys_of_a_block_make_it_no_plain_prompts() -> None:
+    """An embedding, say: the batch is read, the block's keys are its own, and those of the blocks around it right."""
+    tokens = {"block_hashes": [1, 2, 3], "token_ids": [5, 6, 7]}
+
+    def keys(*extra_keys: Any) -> list[int]:
+        (event,) = decode_foreign(stored(**tokens, extra_keys=extra_keys)).events
+        mapped = [event for event in KeyMapper("m", 1).map(event) if isinstance(event, BlockStored)]
+        return [int(block) for event in mapped for block in event.block_hashes]
+
+    plain, large, other = keys(None, None, None), keys(None, ["x" * 20_000], None), keys(None, ["y" * 20_000], None)
+    assert large == keys(None, ["x" * 20_000], None)
+    assert plain[0] == large[0] == other[0]
+    assert len({*plain, *large, *other}) == 7
+    assert plain[0] != keys(["x" * 20_000], None, None)[0], "it is no tenant, either"
 
 
 def test_a_large_event_is_read_like_a_small_one() -> None:
