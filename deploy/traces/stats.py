@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -116,4 +117,4 @@ def trace_stats(trace: Trace) -> TraceStats:
 def think_times(trace: Trace, sessions: list[list[int]]) -> list[float]:
     """Seconds between the arrivals of each session's requests."""
     at = [request.arrival_s for request in trace.requests]
-    return [at[later] - at[earlier] for session in sessions for earlier, later in zip(session, session[1:])]  # noqa: B905
+    return [at[later] - at[earlier] for session in sessions for earlier, later in pairwise(session)]
