@@ -11,12 +11,15 @@ import typer
 
 from deploy.events import recording_commands
 from deploy.events.completion import complete_target, complete_worker
+from deploy.events.group import EventsGroup
 
 events_app = typer.Typer(
+    cls=EventsGroup,
     help="Look into event streams: a router's workers, any bus, vLLM and SGLang servers, recordings.",
     no_args_is_help=True,
     epilog="TARGET is router://HOST:PORT (each worker of that router), a bus URL (grpc://, zmq://, redis://), or a "
-    "recording. Ends with 0; with 2 for bad input, with 1 for what cannot be reached or is not right.",
+    "recording. Ends with 0, also by Ctrl-C where that is the end (tail, top, stats, record); with 2 for bad input, "
+    "with 1 for what cannot be reached, is damaged or is not right; elsewhere Ctrl-C ends with 130.",
 )
 
 DEFAULT_TARGET = "router://127.0.0.1:7700"
@@ -68,7 +71,9 @@ def examples(*commands: str) -> str:
 def tail(
     target: Target = DEFAULT_TARGET,
     workers: Workers = None,
-    kind: Annotated[Kind | None, typer.Option(help="only events of this kind")] = None,
+    kinds: Annotated[
+        list[Kind] | None, typer.Option("--kind", help="only events of this kind; may be repeated")
+    ] = None,
     key: Annotated[str | None, typer.Option(metavar="HEX", help="only blocks whose hash begins so")] = None,
     start: Annotated[
         int | None,
@@ -79,7 +84,7 @@ def tail(
     rates: Annotated[bool, typer.Option("--rates", help="a line of rates for each worker and second instead")] = False,
     as_json: Json = False,
 ) -> None:
-    """Print events as they come: when, whose, which batch, what, where, how many blocks, their keys and parent.
+    """Print events as they come, until Ctrl-C: when, whose, which batch, what, where, how many blocks, keys, parent.
 
     Gaps, restarts and lost connections get a line of their own, and do not end it.
     """
@@ -89,7 +94,7 @@ def tail(
     options = TailOptions(
         target=target,
         workers=tuple(workers or ()),
-        kind=kind,
+        kinds=tuple(kinds or ()),
         key=None if key is None else parse_key("key", key),
         start=start,
         follow=follow,

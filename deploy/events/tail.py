@@ -22,6 +22,7 @@ from radix.keys import ROOT_HASH, Hashes
 
 KINDS = ("stored", "removed", "cleared")
 KEYS_SHOWN = 2
+"""Of more only the first and the last: their number stands beside them."""
 
 _NO_BLOCKS: Hashes = np.empty(0, dtype=np.uint64)
 _LOUD = ("gap", "lost", "trimmed", "malformed")  # notes of what went wrong
@@ -33,7 +34,7 @@ class TailOptions:
 
     target: str
     workers: tuple[str, ...] = ()  # none: all
-    kind: str | None = None
+    kinds: tuple[str, ...] = ()  # none: all
     key: KeyRange | None = None  # only events that name such a block
     start: int | None = None  # a sequence number; None: what comes, or all there is of what ends
     follow: bool = True
@@ -50,7 +51,7 @@ class TailOptions:
 
     def events_of(self, batch: EventBatch) -> list[Event]:
         """The events of a batch that were asked for."""
-        wanted = [event for event in batch.events if self.kind in (None, kind_of(event))]
+        wanted = [event for event in batch.events if not self.kinds or kind_of(event) in self.kinds]
         return wanted if self.key is None else [event for event in wanted if len(self.keys_of(event))]
 
 
@@ -184,9 +185,8 @@ def _event_line(name: str, width: int, batch: EventBatch, event: Event, keys: Ha
     values["kind"] = kind
     if isinstance(event, BlockStored | BlockRemoved):
         tier = tier_of(event.medium).name.lower()
-        more = f" +{len(keys) - KEYS_SHOWN}" if len(keys) > KEYS_SHOWN else ""
         segments.append((f"  {tier:<6}  {counted(len(event.block_hashes), 'block'):<9}", ""))
-        segments.append((f"  {' '.join(map(key_text, keys[:KEYS_SHOWN].tolist()))}{more}", "key"))
+        segments.append((f"  {_keys_text(keys)}", "key"))
         values |= {"tier": tier, "blocks": len(event.block_hashes), "keys": [key_text(k) for k in keys.tolist()]}
     if isinstance(event, BlockStored):
         root = event.parent_hash == ROOT_HASH
@@ -196,6 +196,12 @@ def _event_line(name: str, width: int, batch: EventBatch, event: Event, keys: Ha
             segments.append((f"  {counted(len(event.token_ids), 'token')}", "note"))
             values["tokens"] = len(event.token_ids)
     return _Line(segments, values)
+
+
+def _keys_text(keys: Hashes) -> str:
+    if len(keys) <= KEYS_SHOWN:
+        return " ".join(map(key_text, keys.tolist()))
+    return f"{key_text(int(keys[0]))} … {key_text(int(keys[-1]))}"
 
 
 def _note_line(name: str, note: Note) -> _Line:

@@ -62,7 +62,7 @@ async def follow(
         except (Trimmed, Conflict, _OutOfStep) as error:
             problem, needs_snapshot = error, True
         failures += 1
-        logger.log(logging.INFO if failures == 1 else logging.DEBUG, "%s: %r; trying again", name, problem)
+        logger.log(logging.INFO if failures == 1 else logging.DEBUG, "%s: %s; trying again", name, problem)
         if failures > 1:
             delay_s = min(max_delay_s, first_delay_s * 2.0 ** min(failures - 2, 30))
             await asyncio.sleep(delay_s * random.uniform(0.5, 1.0))  # noqa: S311 - jitter

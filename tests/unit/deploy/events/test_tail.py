@@ -67,7 +67,7 @@ def test_an_event_is_a_line_with_all_that_it_says(recording: str, capsys: pytest
     first, second = clock_text(TS), clock_text(TS + 1)
     assert printed(capsys, recording)[:3] == [
         "-- worker-0: 0 blocks as of 5/0",
-        f"{first}  worker-0  5/0  stored   device  3 blocks   00000000000000ab 00000000000000ac +1"
+        f"{first}  worker-0  5/0  stored   device  3 blocks   00000000000000ab … 00000000000000ad"
         "  first of a prompt  48 tokens",
         f"{second}  w1?[2J    5/0  stored   host    1 block    f000000000000000  after 00000000000000ad",
     ]
@@ -105,8 +105,10 @@ def test_filters_leave_what_was_asked_for(recording: str, capsys: pytest.Capture
     """By worker, kind, key and sequence number; a limit counts events."""
     name = "w1\x1b[2J"
     assert events(values(capsys, recording, workers=(name,))) == [(name, 0, "stored")]
-    assert events(values(capsys, recording, kind="removed")) == [("worker-0", 1, "removed")]
-    assert events(values(capsys, recording, kind="cleared")) == [("worker-0", 2, "cleared")]
+    assert events(values(capsys, recording, kinds=("removed",))) == [("worker-0", 1, "removed")]
+    assert events(values(capsys, recording, kinds=("cleared",))) == [("worker-0", 2, "cleared")]
+    two = values(capsys, recording, kinds=("cleared", "removed"))
+    assert [kind for _, _, kind in events(two)] == ["removed", "cleared"]
     assert events(values(capsys, recording, start=1))[0] == ("worker-0", 1, "removed")
     assert len(events(values(capsys, recording, limit=2))) == 2
     lines = values(capsys, recording, key=parse_key("key", "00000000000000ad"))
