@@ -36,6 +36,11 @@ class WatchedSource:
         self._since_s = float("inf")  # of the subscription that runs
 
     @property
+    def foreign(self) -> bool:
+        """Whether the digests were made by the reader: vLLM and SGLang send none."""
+        return bool(getattr(self._source, "foreign", False))
+
+    @property
     def problem(self) -> str:
         """Why nothing comes; empty while it works."""
         return "" if time.monotonic() - self._since_s > STEADY_S else self._error
@@ -100,6 +105,11 @@ class Following:
         """What keeps one stream from being read now; empty while it works."""
         source = self._sources.get(name)
         return source.problem if source else self._targets.problems.get(name, "")
+
+    @property
+    def foreign(self) -> dict[str, EventConsumer]:
+        """The consumers of streams whose digests say nothing, by name: the reader made them itself."""
+        return {name: self._consumers[name] for name, source in self._sources.items() if source.foreign}
 
     @property
     def reached(self) -> bool:

@@ -13,7 +13,7 @@ from deploy.events.progress import duration_text, size_text, status_line
 from deploy.events.show import Output
 from deploy.events.targets import open_targets
 from kv_events.inspect.observer import Observer
-from kv_events.inspect.recorder import Recorder
+from kv_events.inspect.recorder import RecordedStream, Recorder
 from kv_events.inspect.recording import RecordingWriter
 from kv_events.inspect.words import counted, printable
 from rhizome.errors import InvalidRequest, Unavailable
@@ -83,6 +83,9 @@ async def _record(recorder: Recorder, followed: Following, for_s: float | None) 
         async with aclosing(ticks(LOOK_S, for_s)) as ticking:
             async for elapsed_s in ticking:
                 await followed.refresh()
+                for consumer in followed.foreign.values():
+                    if isinstance(consumer, RecordedStream):
+                        consumer.mark_foreign()
                 if elapsed_s - flushed_s >= FLUSH_S:
                     recorder.writer.flush()
                     flushed_s = elapsed_s

@@ -62,6 +62,8 @@ async def _live(targets: Targets, for_s: float | None) -> tuple[list[StreamVerdi
                 async for elapsed_s in ticking:
                     await followed.refresh()
                     show(f"verifying {targets.target}: {duration_text(round(elapsed_s))} · Ctrl-C ends")
+        for name in followed.foreign:
+            verifier.consumer(name).without_digests()
         followed.check_reached()
         unread = followed.unread
     return [stream for stream in verifier.verdicts() if stream.name not in unread], unread
@@ -82,8 +84,18 @@ def _tell(output: Output, verdict: RecordingVerdict, unread: dict[str, str]) -> 
     for text in harm:
         output.text(text, "bad")
     if ok:
-        batches = counted(sum(stream.applied for stream in verdict.streams), "batch", "batches")
-        output.text(f"all is right: {batches} of {counted(len(verdict.streams), 'worker')}", "stored")
+        sent = [stream for stream in verdict.streams if stream.digests_sent]
+        foreign = [stream for stream in verdict.streams if not stream.digests_sent]
+        if sent or not foreign:
+            output.text(f"all is right: {_amount(sent)}", "stored")
+        if foreign:
+            told = f"in order, and no more is known: {_amount(foreign)} without digests"
+            output.text(f"{told}; only the sequence of batches was checked", "note")
+
+
+def _amount(streams: list[StreamVerdict]) -> str:
+    batches = counted(sum(stream.applied for stream in streams), "batch", "batches")
+    return f"{batches} of {counted(len(streams), 'worker')}"
 
 
 def _row(stream: StreamVerdict) -> list[str]:
@@ -97,7 +109,7 @@ def _row(stream: StreamVerdict) -> list[str]:
         f"{stream.lost:,}",
         f"{stream.mismatches:,}",
         stream.digest.hex(),
-        "right" if stream.ok else "WRONG",
+        "WRONG" if not stream.ok else "right" if stream.digests_sent else "in order",
     ]
 
 

@@ -240,5 +240,8 @@ def _translated() -> Iterator[None]:
                 raise Trimmed(details) from error
             case grpc.StatusCode.FAILED_PRECONDITION:
                 raise Conflict(details) from error
+            case grpc.StatusCode.UNIMPLEMENTED:
+                limit = "no worker's events are served there; those of a router's workers are at router://HOST:PORT"
+                raise Unavailable(f"UNIMPLEMENTED: {limit}") from error
             case _:
                 raise Unavailable(f"{error.code().name}: {details}") from error

@@ -40,6 +40,11 @@ class DialectSource:
         self._source: ZmqEventSource | ForeignZmqSource | None = None
         self._telling = asyncio.Lock()
 
+    @property
+    def foreign(self) -> bool:
+        """Whether it is known to be a foreign server: it sends no digests, those of its batches are made here."""
+        return self._source is not None and not isinstance(self._source, ZmqEventSource)
+
     async def source(self) -> ZmqEventSource | ForeignZmqSource:
         """A ZmqEventSource or a ForeignZmqSource. Raises Unavailable when nobody is there to tell which."""
         async with self._telling:

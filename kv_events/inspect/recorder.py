@@ -8,6 +8,7 @@ from kv_events.bus import Resync
 from kv_events.events import EventBatch, Snapshot
 from kv_events.inspect.observer import Observer
 from kv_events.inspect.recording import RecordingWriter
+from kv_events.inspect.recording_format import DIGESTS_MADE_HERE
 from kv_events.wire import WireError
 
 
@@ -46,6 +47,7 @@ class RecordedStream:
         self._recorder = recorder
         self._name = name  # empty as long as it is not known
         self._needed = Resync.NONE
+        self._foreign = False
 
     def position(self) -> tuple[int, int]:
         """See EventConsumer."""
@@ -84,6 +86,12 @@ class RecordedStream:
         else:
             recorder.writer.mark(self._name, "the snapshot was refused", now_ns)
         return taken
+
+    def mark_foreign(self) -> None:
+        """Note once that the digests are not the server's, as soon as anything came."""
+        if self._name and not self._foreign:
+            self._foreign = True
+            self._recorder.writer.mark(self._name, DIGESTS_MADE_HERE, self._recorder.clock_ns())
 
     def malformed(self) -> None:
         """See EventConsumer. What comes before the worker is known is not noted."""

@@ -79,6 +79,10 @@ class RecordingError(WireError):
             self.args = (f"{file}: {self}",)
 
 
+DIGESTS_MADE_HERE = "the digests are the recorder's: this server sends none"
+"""A mark on streams of foreign servers: that digests come out as recorded says nothing of what the server holds."""
+
+
 class RecordKind(IntEnum):
     """What a record holds."""
 

@@ -16,6 +16,7 @@ from kv_events.columns import changes_of, changes_to
 from kv_events.cursor import Apply, DropBlocks, Duplicate, EventCursor, NeedReplay, NeedSnapshot, StaleEpoch
 from kv_events.events import EventBatch, Snapshot
 from kv_events.inspect.recording import RecordingError, RecordingReader, RecordKind, Summary
+from kv_events.inspect.recording_format import DIGESTS_MADE_HERE
 from kv_events.inspect.replay import OldEpochs, is_sound
 from kv_events.wire import WireError
 from radix import make_tree
@@ -47,6 +48,7 @@ class StreamVerdict:
     blocks: int = 0
     applied: int = 0
     snapshots: int = 0
+    digests_sent: bool = True  # False: a foreign server's, which sends none; only the order of batches is checked
     # Of no harm:
     duplicates: int = 0
     late: int = 0  # times that batches came after later ones, or in a replay
@@ -152,6 +154,10 @@ class StreamVerifier:
             self._apply(joined.batch)
         return self._agrees
 
+    def without_digests(self) -> None:
+        """The digests are the reader's own: that they agree says nothing."""
+        self._verdict.digests_sent = False
+
     def malformed(self) -> None:
         """See EventConsumer."""
         self._verdict.malformed += 1
@@ -248,6 +254,8 @@ def verify_recording(reader: RecordingReader, progress: Callable[[int], None] = 
                     stream.offer(batch)
                 elif record.kind is RecordKind.SNAPSHOT:
                     stream.restore(record.snapshot())
+                elif record.mark() == DIGESTS_MADE_HERE:
+                    stream.without_digests()
             except WireError:
                 stream.malformed()
         if reader.complete:

@@ -439,10 +439,12 @@ def test_a_vllm_server_is_recorded_and_replayed_like_a_worker(events: Command, t
             thread.join()
     assert told.code == 0, told.err
     assert watched.code == 0, watched
+    assert "only the sequence of batches was checked" in watched.out
     verified = events("verify", tmp_path / "a.rhz", "--json")
     assert verified.code == 0, verified.out
     assert verified.lines[0]["worker"] == "pod-7"
     assert verified.lines[0]["applied"] == 100
+    assert verified.lines[0]["digests_sent"] is False
     assert events("replay", tmp_path / "a.rhz").code == 0
 
 

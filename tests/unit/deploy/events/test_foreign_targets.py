@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deploy.events.explain import ExplainOptions, run_explain
+from deploy.events.record import RecordOptions, run_record
 from deploy.events.tail import TailOptions, run_tail
 from deploy.events.top_model import watching
 from deploy.events.tree import TreeOptions, run_tree
+from deploy.events.verify import VerifyOptions, run_verify
 from tests.support.router_cluster import PROMPT, Cluster, with_cluster
 from tests.support.scripted_worker import MODEL
 from tests.support.vllm_server import VllmServer, removed, stored
@@ -65,6 +69,24 @@ def test_tree(server: VllmServer, capsys: pytest.CaptureFixture[str]) -> None:
     assert (tree["blocks"], tree["workers"]) == (4, 1)
     (node,) = tree["nodes"]
     assert (node["first"], node["last"]) == ("0000000000000001", "0000000000000004")
+
+
+def test_verify_says_that_only_the_order_was_checked(
+    server: VllmServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Such a server sends no digests: those that agree are the reader's own. A recording knows it, too."""
+    path = tmp_path / "a.rhz"
+
+    async def main() -> None:
+        assert await run_verify(VerifyOptions(server.url, for_s=1.5))
+        await run_record(RecordOptions(path, server.url, for_s=1.5))
+        assert await run_verify(VerifyOptions(str(path)))
+
+    asyncio.run(main())
+    out = capsys.readouterr().out
+    assert out.count("only the sequence of batches was checked") == 2
+    assert len(re.findall(r"in order$", out, re.MULTILINE)) == 2
+    assert "right" not in out
 
 
 def test_top(server: VllmServer) -> None:

@@ -19,6 +19,7 @@ from kv_events.inspect.words import parse_key
 from kv_events.log import EventLog
 from radix.keys import Hashes
 from rhizome.errors import InvalidRequest, RhizomeError
+from router.service import running_router
 
 TS = 1_700_000_000.25
 
@@ -185,6 +186,17 @@ def test_what_is_no_target_or_is_not_there_is_an_error(target: str, said: str) -
     """With what is wrong, and nothing is waited for."""
     with pytest.raises(RhizomeError, match=said):
         asyncio.run(run_tail(TailOptions(target)))
+
+
+def test_a_router_taken_for_a_worker_is_said_to_be_one() -> None:
+    """With the URL that it has."""
+
+    async def main() -> None:
+        async with running_router() as address:
+            await run_tail(TailOptions(f"grpc://{address}"))
+
+    with pytest.raises(RhizomeError, match="a router's workers are at router://HOST:PORT"):
+        asyncio.run(main())
 
 
 def test_a_file_that_is_no_recording_is_refused(tmp_path: Path) -> None:
