@@ -68,10 +68,13 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One engine step. `copies` are (source block, destination block), made before anything is computed."""
+    """One engine step. Before anything is computed all `saves` are made (device block, host slot), then all `copies`
+    (source block, destination block), then all `loads` (host slot, device block)."""
 
     chunks: tuple[Chunk, ...]
     copies: tuple[tuple[int, int], ...] = ()
+    loads: tuple[tuple[int, int], ...] = ()
+    saves: tuple[tuple[int, int], ...] = ()
 
 
 class ModelRunner(Protocol):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rhizome.errors import InvalidRequest
 from worker.attention import AttentionBackend, Span
 from worker.attention.cpu import TiledCpuAttention
 from worker.kv_cache.paged import PagedKVCache
@@ -20,7 +21,10 @@ from worker.sampling import sample
 class TorchRunner:
     """A `ModelRunner`: the model, its cache and an attention backend. Not thread-safe; a step at a time."""
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int) -> None:
+    def __init__(self, model: Decoder, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
+        """Raises InvalidRequest where a host tier is asked for."""
+        if host_blocks:
+            raise InvalidRequest("host_blocks", host_blocks, "0: tensors are not moved between the tiers yet")
         config = model.config
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.model = model

@@ -29,11 +29,14 @@ class SchedulerConfig:
     max_running: int = 64  # sequences
     max_waiting: int = 256  # requests
     event_token_ids: bool = False  # events tell the prompts' tokens, which consumers of other makes want
+    host_blocks: int = 0  # of the tier in host memory, which keeps what the device has to give up; 0: none
 
     def __post_init__(self) -> None:
         for name in ("num_blocks", "block_size", "max_model_len", "max_batched_tokens", "max_running", "max_waiting"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(name, getattr(self, name), "at least 1")
+        if self.host_blocks < 0:
+            raise InvalidRequest("host_blocks", self.host_blocks, "at least 0")
         if self.max_batched_tokens < self.max_running:
             limit = f"at least max_running ({self.max_running}): every running sequence gets a token a step"
             raise InvalidRequest("max_batched_tokens", self.max_batched_tokens, limit)
@@ -50,6 +53,8 @@ class Scheduled:
     sequence: Sequence
     num_tokens: int
     copies: list[tuple[int, int]]
+    loads: AnySequence[tuple[int, int]] = ()  # of its cached prefix: (host slot, device block)
+    saves: AnySequence[tuple[int, int]] = ()  # (device block, host slot); the first entry has all
 
 
 class Scheduler:
@@ -58,12 +63,18 @@ class Scheduler:
     def __init__(self, config: SchedulerConfig, stop_tokens: frozenset[int] = frozenset()) -> None:
         """`stop_tokens`: the model's end-of-sequence tokens, which `min_tokens` holds off."""
         self.config = config
-        self.cache = PrefixCache(config.num_blocks, config.block_size, include_token_ids=config.event_token_ids)
+        self.cache = PrefixCache(
+            config.num_blocks,
+            config.block_size,
+            host_blocks=config.host_blocks,
+            include_token_ids=config.event_token_ids,
+        )
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []
         self.preemptions = 0
         self.prompt_tokens = 0
-        self.cached_prompt_tokens = 0
+        self.cached_prompt_tokens = 0  # in either tier
+        self.host_cached_prompt_tokens = 0  # of these, in the host tier alone
         self._stop_tokens = stop_tokens
 
     def add(self, sequence: Sequence) -> None:
@@ -102,12 +113,19 @@ class Scheduler:
             budget = self.config.max_batched_tokens - sum(entry.num_tokens for entry in step)
         if not preempted:
             self._admit(step, budget)
+        if step and self.cache.host is not None:
+            step[0].saves = self.cache.take_saves()  # not by entry: whose blocks they made room for may be preempted
         return step
 
     def plan(self, step: list[Scheduled]) -> StepPlan:
         """The step in the words of the model runner."""
         chunks = tuple(self._chunk(entry.sequence, entry.num_tokens) for entry in step)
-        return StepPlan(chunks, tuple(copy for entry in step for copy in entry.copies))
+        return StepPlan(
+            chunks,
+            copies=tuple(copy for entry in step for copy in entry.copies),
+            loads=tuple(load for entry in step for load in entry.loads),
+            saves=tuple(save for entry in step for save in entry.saves),
+        )
 
     def computed(self, entry: Scheduled) -> None:
         """A chunk's KV is in its blocks: list those that became full."""
@@ -152,28 +170,30 @@ class Scheduler:
             if running + 1 + sequence.forks > self.config.max_running:
                 return
             cached = self._lookup(sequence)
-            idle = sum(self.cache.pool.ref_count(block) == 0 for block in cached)
+            on_device = cached if self.cache.host is None else [place for place in cached if place >= 0]
+            idle = sum(self.cache.pool.ref_count(block) == 0 for block in on_device)
             # Blocks for all of it, not for the first chunk alone: else it is preempted half-way through its prompt.
-            missing = self._blocks_for(len(sequence.tokens)) - len(cached)
+            missing = self._blocks_for(len(sequence.tokens)) - len(on_device)
             if missing > self.cache.pool.available - idle - self._blocks_promised():
                 return
             del self.waiting[0]
-            self._start(sequence, cached)
+            loads = self._start(sequence, cached)
             num_tokens = min(sequence.remaining, budget)
             step.append(self._take_blocks(sequence, num_tokens))
+            step[-1].loads = loads
             budget -= num_tokens
 
-    def _start(self, sequence: Sequence, cached: list[int]) -> None:
-        for block in cached:
-            self.cache.pool.retain(block)
-        sequence.blocks = list(cached)
+    def _start(self, sequence: Sequence, cached: list[int]) -> list[tuple[int, int]]:
+        sequence.blocks, loads = self.cache.acquire(cached)
         sequence.computed = len(cached) * self.config.block_size
         sequence.listed = len(cached)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = sequence.computed
             self.prompt_tokens += sequence.prompt_len
             self.cached_prompt_tokens += sequence.computed
+            self.host_cached_prompt_tokens += len(loads) * self.config.block_size
         self.running.append(sequence)
+        return loads
 
     def _blocks_promised(self) -> int:
         """Blocks that running sequences still need for prompts that were admitted as a whole."""

@@ -41,15 +41,20 @@ def reference_answer(prompt: list[int], params: SamplingParams, choice: int, lon
 class MemoryRunner:
     """See the module's docstring."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
+    def __init__(self, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
         self.memory = np.full((num_blocks, block_size), -1, np.int64)
+        self.host = np.full((host_blocks, block_size), -1, np.int64)
         self.block_size = block_size
         self.steps = 0
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
         self.steps += 1
+        for block, slot in plan.saves:
+            self.host[slot] = self.memory[block]
         for source, target in plan.copies:
             self.memory[target] = self.memory[source]
+        for slot, block in plan.loads:
+            self.memory[block] = self.host[slot]
         for chunk in plan.chunks:
             for position, token in enumerate(chunk.token_ids, chunk.start):
                 self.memory[chunk.block_ids[position // self.block_size], position % self.block_size] = token
