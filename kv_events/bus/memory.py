@@ -16,25 +16,6 @@ READ_BATCHES = 256
 """Taken from the log at a time: what one subscriber holds."""
 
 
-class MemoryEventSource:
-    """An EventSource over the log of a worker in the same process. See kv_events.bus.EventSource."""
-
-    def __init__(self, log: EventLog) -> None:
-        self._log = log
-
-    async def subscribe(self, epoch: int, from_seq: int) -> AsyncGenerator[EventBatch, None]:
-        async with aclosing(tail(self._log, epoch, from_seq)) as entries:
-            async for entry in entries:
-                yield entry.batch
-
-    async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
-        self._log.check_epoch(epoch)
-        return self._log.since(from_seq)
-
-    async def snapshot(self) -> Snapshot:
-        return self._log.snapshot()
-
-
 class PublicationSource(ABC):
     """An EventSource over a log that comes and goes."""
 
@@ -51,11 +32,24 @@ class PublicationSource(ABC):
 
     async def replay(self, epoch: int, from_seq: int) -> list[EventBatch]:
         """See EventSource."""
-        return await MemoryEventSource((await self.publication()).log).replay(epoch, from_seq)
+        log = (await self.publication()).log
+        log.check_epoch(epoch)
+        return log.since(from_seq)
 
     async def snapshot(self) -> Snapshot:
         """See EventSource."""
         return (await self.publication()).log.snapshot()
+
+
+class MemoryEventSource(PublicationSource):
+    """An EventSource over a log of the same process, which needs no name."""
+
+    def __init__(self, log: EventLog) -> None:
+        self._log = log
+
+    async def publication(self) -> Publication:
+        """See PublicationSource. Never withdrawn."""
+        return Publication(self._log)
 
 
 class PublishedEventSource(PublicationSource):

@@ -220,9 +220,10 @@ def _memory(url: str) -> BusUrl:
 def _host(url: str, host: str) -> str:
     if ":" in host:  # it was in brackets
         try:
-            return IPv6Address(host) and host
+            IPv6Address(host)
         except ValueError:
             _refuse(url, "an IPv6 address in the brackets")
+        return host
     labels = host.removesuffix(".").split(".")
     if len(host) > MAX_HOST_CHARS or not all(map(_LABEL.fullmatch, labels)) or host[0] == "_":  # libzmq takes none such
         _refuse(

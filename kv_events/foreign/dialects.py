@@ -344,7 +344,7 @@ class _Reader:
         return (values for values, _ in self._sized_values(count, _refuse_large))
 
     def _sized_values(self, count: int, large: Callable[[bytes], Any]) -> Iterator[tuple[list[Any], int]]:
-        """So many values, some at a time, and their bytes; in the place of a large one what `large` says, for nothing."""
+        """So many values, some at a time, and their bytes; for a large one what `large` says, which takes none."""
         skip, tell = self._unpacker.skip, self._unpacker.tell
         start = end = tell()
         taken = 0
