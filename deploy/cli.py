@@ -14,6 +14,7 @@ import typer
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
 from deploy.events.cli import events_app
+from deploy.traces.cli import traces_app
 from rhizome.errors import RhizomeError
 
 app = typer.Typer(
@@ -24,6 +25,7 @@ app = typer.Typer(
 model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
 app.add_typer(events_app, name="events")
+app.add_typer(traces_app, name="trace")
 
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
@@ -33,7 +35,18 @@ EVENTS_HELP = (
     "vLLM's events; may be repeated, routers read the first other one [default: the worker's own port]"
 )
 
-ModelDir = Annotated[Path, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
+ModelDir = Annotated[Path | None, typer.Option("--model", help="folder of a Hugging Face checkpoint (Llama or Qwen3)")]
+Simulated = Annotated[
+    bool, typer.Option("--simulated", help="no model: steps take the time that they would on --hardware; needs no GPU")
+]
+HardwareName = Annotated[
+    str | None,
+    typer.Option("--hardware", help="to simulate: 70b-4xh100, 8b-1xh100 or a TOML file [default: 8b-1xh100]"),
+]
+TimeScale = Annotated[float | None, typer.Option(help="simulated hardware runs so many times faster [default: 1]")]
+KvCacheMiB = Annotated[
+    int | None, typer.Option("--kv-cache-mib", help="memory for KV blocks of each worker, MiB [default: 1024]")
+]
 RouterAddress = Annotated[str, typer.Option("--router", help="host:port of a router")]
 Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 Insecure = Annotated[bool, typer.Option("--insecure", help="serve off-host in the clear")]
@@ -56,22 +69,34 @@ def up(
     ] = None,
     workers: Annotated[int, typer.Option(min=1, max=64, help="engine workers")] = 2,
     port: Annotated[int, typer.Option(min=0, max=65535, help="the router's port; 0 takes a free one")] = 7700,
-    kv_cache_mib: Annotated[int, typer.Option(min=1, help="memory for KV blocks of each worker, MiB")] = 1024,
+    kv_cache_mib: KvCacheMiB = None,
+    simulated: Simulated = False,
+    hardware: HardwareName = None,
+    time_scale: TimeScale = None,
     events: Annotated[list[str], typer.Option("--events", help=EVENTS_HELP)] = [],  # noqa: B006
 ) -> None:
     """Start a cluster on this machine: a router and its workers. Ctrl-C ends all of it."""
     from deploy.local import run_cluster
     from deploy.processes import until_signal
+    from deploy.served_model import chosen_hardware
 
+    # Refused here, not by each worker.
+    chosen_hardware(hardware, simulated=simulated, time_scale=time_scale, model=model, kv_cache_mib=kv_cache_mib)
+    given = {"kv-cache-mib": kv_cache_mib, "hardware": hardware, "time-scale": time_scale}
+    arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
+    arguments += ["--simulated"] if simulated else []
     announce_core()
-    asyncio.run(until_signal(run_cluster(model, workers, port, kv_cache_mib, events)))
+    cluster = run_cluster(model, workers, port, worker_arguments=arguments, events=events, simulated=simulated)
+    asyncio.run(until_signal(cluster))
 
 
 @app.command()
 def router(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 7700,
-    policy: Annotated[str, typer.Option(help="predicted-ttft or round-robin")] = "predicted-ttft",
+    policy: Annotated[
+        str, typer.Option(help="predicted-ttft, round-robin, or another of router.policies")
+    ] = "predicted-ttft",
     max_blocks: Annotated[
         int | None, typer.Option(help="cap of the index: (worker, block) entries in all [default: 67 million]")
     ] = None,
@@ -103,7 +128,7 @@ def router(
 
 @app.command()
 def worker(
-    model: ModelDir,
+    model: ModelDir = None,
     worker_id: Annotated[
         str | None, typer.Option("--id", help="unique in the fleet, kept over restarts [default: host and process id]")
     ] = None,
@@ -111,12 +136,21 @@ def worker(
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
     role: Annotated[str, typer.Option(help="both, prefill or decode")] = "both",
-    model_name: Annotated[str | None, typer.Option(help="as clients call it [default: the folder's name]")] = None,
+    model_name: Annotated[
+        str | None, typer.Option(help="as clients call it [default: the folder's or hardware's name]")
+    ] = None,
     block_size: Annotated[int, typer.Option(help="tokens in a KV block")] = 16,
-    kv_cache_mib: Annotated[int, typer.Option(help="memory for KV blocks, MiB")] = 1024,
+    kv_cache_mib: KvCacheMiB = None,
+    simulated: Simulated = False,
+    hardware: HardwareName = None,
+    time_scale: TimeScale = None,
     max_model_len: Annotated[int | None, typer.Option(help="tokens of a request [default: the model's]")] = None,
-    max_batched_tokens: Annotated[int, typer.Option(help="token budget of an engine step")] = 512,
-    max_running: Annotated[int, typer.Option(help="sequences that run at once")] = 64,
+    max_batched_tokens: Annotated[
+        int | None, typer.Option(help="token budget of an engine step [default: 512, or the hardware's]")
+    ] = None,
+    max_running: Annotated[
+        int | None, typer.Option(help="sequences that run at once [default: 64, or the hardware's]")
+    ] = None,
     max_waiting: Annotated[int, typer.Option(help="requests that may wait")] = 256,
     events: Annotated[list[str], typer.Option("--events", help=EVENTS_HELP)] = [],  # noqa: B006
     event_token_ids: Annotated[
@@ -130,8 +164,9 @@ def worker(
     insecure: Insecure = False,
     supervised: Supervised = False,
 ) -> None:
-    """Start an engine worker that serves one model."""
+    """Start an engine worker that serves one model, or with --simulated one that only takes the time of one."""
     from deploy.processes import WorkerSettings, running_worker, serve_until_stopped
+    from deploy.served_model import chosen_hardware
 
     settings = WorkerSettings(
         model_dir=model,
@@ -142,7 +177,7 @@ def worker(
         role=role,
         model_name=model_name,
         block_size=block_size,
-        kv_cache_mib=kv_cache_mib,
+        kv_cache_mib=1024 if kv_cache_mib is None else kv_cache_mib,
         max_model_len=max_model_len,
         max_batched_tokens=max_batched_tokens,
         max_running=max_running,
@@ -153,6 +188,10 @@ def worker(
         advertise=advertise,
         validate=validate,
         insecure=insecure,
+        hardware=chosen_hardware(
+            hardware, simulated=simulated, time_scale=time_scale, model=model, kv_cache_mib=kv_cache_mib
+        ),
+        time_scale=1.0 if time_scale is None else time_scale,
     )
     asyncio.run(serve_until_stopped(running_worker(settings), supervised=supervised))
 

@@ -58,14 +58,17 @@ class LocalCluster:
 
     def __init__(
         self,
-        model_dir: Path,
+        model_dir: Path | None,
         workers: int = 2,
         *,
         port: int = 0,
         worker_arguments: Sequence[str] = (),
         on_event: Callable[[str], None] = _log.info,
     ) -> None:
-        """`port` is the router's (0: a free one). `on_event` is told, in words, of starts, deaths and restarts."""
+        """Without `model_dir` the `worker_arguments` say what is served: simulated hardware.
+
+        `port` is the router's (0: a free one). `on_event` is told, in words, of starts, deaths and restarts.
+        """
         self._model_dir = model_dir
         self._worker_arguments = list(worker_arguments)
         self._on_event = on_event
@@ -90,7 +93,8 @@ class LocalCluster:
             await self._start(self.router)
             for worker in self.workers:
                 worker.arguments = [
-                    *("worker", "--model", str(self._model_dir), "--id", worker.name),
+                    *("worker", "--id", worker.name),
+                    *(() if self._model_dir is None else ("--model", str(self._model_dir))),
                     *("--router", self.address, "--threads", str(self._threads)),
                     *self._worker_arguments,
                 ]
@@ -212,22 +216,28 @@ async def _end(child: Child) -> None:
 
 
 async def run_cluster(
-    model_dir: Path | None, workers: int, port: int, kv_cache_mib: int, events: Sequence[str] = ()
+    model_dir: Path | None,
+    workers: int,
+    port: int,
+    *,
+    worker_arguments: Sequence[str],
+    events: Sequence[str] = (),
+    simulated: bool = False,
 ) -> None:
-    """A cluster until it is cancelled. Without a checkpoint a tiny one is made for the time.
+    """A cluster until it is cancelled. Without a checkpoint a tiny one is made for the time, unless it is `simulated`.
 
     `events`: bus URLs at which every worker publishes. Raises InvalidRequest for one that they would share.
     """
     for url in events:
         check_own(url, workers)
     with tempfile.TemporaryDirectory(prefix="rhizome-") as folder:
-        if model_dir is None:
+        if model_dir is None and not simulated:
             # Making a checkpoint needs torch; a cluster of a given one does not.
             from worker.tiny_model import make_tiny_model
 
             model_dir = Path(folder) / "tiny"
             make_tiny_model(model_dir)
-        arguments = ["--kv-cache-mib", str(kv_cache_mib), *(f"--events={url}" for url in events)]
+        arguments = [*worker_arguments, *(f"--events={url}" for url in events)]
         async with LocalCluster(model_dir, workers, port=port, worker_arguments=arguments, on_event=_say) as cluster:
             _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
             try:

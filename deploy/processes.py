@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from deploy.doctor import announce_core
+from deploy.served_model import check_time_scale
 from kv_events.bus.url import BusUrl, parse_bus_url, publishing
 from kv_events.log import EventLog
 from rhizome import rpc
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from worker.engine import Engine
     from worker.engine_thread import EngineThread
     from worker.service import WorkerIdentity
+    from worker.step_time import Hardware
 
 _log = logging.getLogger(__name__)
 
@@ -47,18 +49,18 @@ ROLES = {
 class WorkerSettings:
     """One engine worker. Sizes in bytes or tokens as named; None takes what the model or the machine gives."""
 
-    model_dir: Path
+    model_dir: Path | None  # of a checkpoint; None where hardware is simulated
     worker_id: str
     routers: tuple[str, ...] = ()
     host: str = "127.0.0.1"
     port: int = 0
     role: str = "both"
-    model_name: str | None = None  # default: the checkpoint folder's name
+    model_name: str | None = None  # default: the checkpoint folder's name, or the hardware's
     block_size: int = 16
     kv_cache_mib: int = 1024  # taken from the system as blocks are used
     max_model_len: int | None = None
-    max_batched_tokens: int = 512
-    max_running: int = 64
+    max_batched_tokens: int | None = None  # default: 512, or the hardware's
+    max_running: int | None = None  # default: 64, or the hardware's
     max_waiting: int = 256
     events: tuple[str, ...] = ()  # bus URLs to publish at besides the own server; {worker} stands for the id
     event_token_ids: bool = False  # events tell the prompts' tokens; whoever reads them reads the prompts
@@ -66,9 +68,13 @@ class WorkerSettings:
     insecure: bool = False
     advertise: str | None = None  # the host by which routers and clients reach this worker; default: `host`
     validate: bool = False  # check every invariant of the engine after each step; for tests
+    hardware: Hardware | None = None  # to simulate instead of computing
+    time_scale: float = 1.0  # simulated hardware runs so many times faster
 
     def check(self) -> None:
         """Raise InvalidRequest for what can be seen to be wrong before the checkpoint is read."""
+        if self.hardware is None and self.model_dir is None:
+            raise InvalidRequest("model", None, "a folder with a Hugging Face checkpoint, or --simulated instead")
         rpc.check_bind_host(self.host, insecure=self.insecure)
         fleet_secret()  # refuses one that could be guessed
         check_name("id", self.worker_id)
@@ -89,13 +95,17 @@ class WorkerSettings:
         memory_mib = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20
         if self.kv_cache_mib > memory_mib:
             raise InvalidRequest("kv_cache_mib", self.kv_cache_mib, f"at most this machine's {memory_mib} MiB")
-        if not self.model_dir.is_dir():
+        if self.hardware is not None:
+            check_time_scale(self.time_scale)
+        elif self.model_dir is not None and not self.model_dir.is_dir():
             raise InvalidRequest("model", str(self.model_dir), "a folder with a Hugging Face checkpoint")
 
     @property
     def served_name(self) -> str:
         """What clients call the model."""
-        return self.model_name or self.model_dir.resolve().name
+        if self.model_name or self.hardware:
+            return self.model_name or (self.hardware.name if self.hardware else "")
+        return self.model_dir.resolve().name if self.model_dir else ""
 
     @property
     def buses(self) -> list[BusUrl]:
@@ -211,64 +221,44 @@ async def _end_with(thread: EngineThread) -> None:
 
 
 def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity, Engine]:
-    """Checkpoint -> model -> runner -> engine. Raises CheckpointError or InvalidRequest before memory is taken."""
-    import torch
-
-    from worker.checkpoint import load_model
-    from worker.config import ModelConfig
+    """Model -> engine. Raises CheckpointError or InvalidRequest before memory is taken."""
+    from deploy.served_model import simulated_model, torch_model
     from worker.engine import Engine
-    from worker.kv_cache.paged import blocks_within
-    from worker.runner import TorchRunner
-    from worker.scheduler import SchedulerConfig
     from worker.service import WorkerIdentity
-    from worker.tokenizer import Tokenizer, tokenizer_files
+    from worker.tokenizer import Tokenizer
 
-    torch.set_num_threads(settings.threads or os.cpu_count() or 1)
-    model_config = ModelConfig.load(settings.model_dir)
-    files = tokenizer_files(settings.model_dir)
-    tokenizer = Tokenizer(files, settings.model_dir)
-    num_blocks = blocks_within(settings.kv_cache_mib * 2**20, model_config, settings.block_size, torch.float32)
-    longest = min(model_config.max_position_embeddings, num_blocks * settings.block_size)
-    config = SchedulerConfig(
-        num_blocks=num_blocks,
-        block_size=settings.block_size,
-        max_model_len=longest if settings.max_model_len is None else settings.max_model_len,
-        max_batched_tokens=settings.max_batched_tokens,
-        max_running=settings.max_running,
-        max_waiting=settings.max_waiting,
-        event_token_ids=settings.event_token_ids,
-    )
-    if config.max_model_len > model_config.max_position_embeddings:
-        limit = f"at most the model's {model_config.max_position_embeddings}"
-        raise InvalidRequest("max_model_len", config.max_model_len, limit)
-    model = load_model(settings.model_dir)
+    if settings.hardware is not None:
+        model = simulated_model(settings, settings.hardware)
+    else:
+        assert settings.model_dir is not None  # checked
+        model = torch_model(settings, settings.model_dir)
+    config = model.config
     card = fleet_pb2.ModelCard(
         name=settings.served_name,
         max_model_len=config.max_model_len,
-        vocab_size=model_config.vocab_size,
-        block_size=settings.block_size,
-        tokenizer_sha256=tokenizer_sha256(files),
+        vocab_size=model.vocab_size,
+        block_size=config.block_size,
+        tokenizer_sha256=tokenizer_sha256(model.tokenizer_files),
     )
     _log.info(
         "model %s: %d blocks of %d tokens, at most %d tokens a request",
         card.name,
-        num_blocks,
+        config.num_blocks,
         config.block_size,
         config.max_model_len,
     )
-    runner = TorchRunner(model, num_blocks, settings.block_size)
-    runner.warm_up(min(config.max_batched_tokens, config.max_model_len))
+    tokenizer = Tokenizer(model.tokenizer_files, settings.model_dir or "")
     engine = Engine(
         config,
-        runner,
+        model.runner,
         EventLog(settings.worker_id, epoch, settings.block_size, EVENT_BATCHES_KEPT),
         new_decoder=tokenizer.detokenizer,
-        eos_token_ids=model_config.eos_token_ids,
+        eos_token_ids=model.eos_token_ids,
         clock=time.monotonic,
         wall_clock=time.time,
         validate=settings.validate,
     )
-    return WorkerIdentity(settings.worker_id, epoch, card, files, fleet_secret()), engine
+    return WorkerIdentity(settings.worker_id, epoch, card, model.tokenizer_files, fleet_secret()), engine
 
 
 async def serve_until_stopped(serving: AbstractAsyncContextManager[str], *, supervised: bool) -> None:

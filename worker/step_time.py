@@ -12,8 +12,9 @@ class StepTimeModel:
 
     A step costs `prefill_step_s` where it holds a prefill chunk, else `decode_step_s`; `sequence_s` for each decoding
     sequence; `context_token_s` for each token of their context, less `context_square_s` for each squared (attention
-    kernels become more efficient as they grow); and for each prefill chunk `token_s` a new token and `attention_s` for
-    each pair of a new token and one before it (half of the chunk's own on the average).
+    kernels become more efficient as they grow; past the peak of that parabola nothing is added); and for each prefill
+    chunk `token_s` a new token and `attention_s` for each pair of a new token and one before it (half of the chunk's
+    own on the average).
     """
 
     prefill_step_s: float
@@ -34,16 +35,26 @@ class StepTimeModel:
 
     def decode_s(self, decoding: int, context_tokens: int, steps: int) -> float:
         """Seconds of `steps` decode steps one after the other: each adds a token to every sequence's context."""
-        last = context_tokens + (steps - 1) * decoding
         per_step = self.decode_step_s + self.sequence_s * decoding
+        rising = steps
+        if self.context_square_s and decoding:
+            rising = min(steps, max(0, int((self._peak_tokens() - context_tokens) // decoding) + 1))
+        last = context_tokens + (rising - 1) * decoding
         linear = self.context_token_s * (context_tokens + last) / 2
         # The mean of the squares of steps evenly spaced numbers: that of their mean, and their variance.
         mean = (context_tokens + last) / 2
-        square = mean * mean + decoding * decoding * (steps * steps - 1) / 12
-        return steps * (per_step + linear - self.context_square_s * square)
+        square = mean * mean + decoding * decoding * (rising * rising - 1) / 12
+        seconds = steps * per_step + rising * (linear - self.context_square_s * square)
+        return seconds if rising == steps else seconds + (steps - rising) * self._context_s(self._peak_tokens())
 
-    def _context_s(self, tokens: int) -> float:
+    def _context_s(self, tokens: float) -> float:
+        if self.context_square_s:  # sequences that share blocks have more context together than the device holds
+            tokens = min(tokens, self._peak_tokens())
         return self.context_token_s * tokens - self.context_square_s * tokens * tokens
+
+    def _peak_tokens(self) -> float:
+        """Where more context would begin to cost less."""
+        return self.context_token_s / (2 * self.context_square_s)
 
 
 @dataclass(frozen=True, slots=True)

@@ -11,27 +11,11 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
+from worker.byte_tokenizer import BOS, END, EOS, VOCAB_SIZE, byte_tokenizer_files
 from worker.config import LLAMA, ModelConfig
 from worker.models.decoder import tensor_shapes
-from worker.tokenizer import BYTE_OF_CHAR
-
-SPECIAL_TOKENS = ("<|bos|>", "<|eos|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
-BOS, EOS, END = 256, 257, 261
-VOCAB_SIZE = 256 + len(SPECIAL_TOKENS)
-
-CHAT_TEMPLATE = """\
-{{- bos_token -}}
-{%- for message in messages -%}
-{%- if message.role not in ["system", "user", "assistant"] -%}
-{{- raise_exception("role " ~ message.role ~ ": system, user or assistant is expected") -}}
-{%- endif -%}
-{{- "<|" ~ message.role ~ "|>\\n" ~ message.content ~ "<|end|>\\n" -}}
-{%- endfor -%}
-{%- if add_generation_prompt -%}{{- "<|assistant|>\\n" -}}{%- endif -%}
-"""
 
 
 def make_tiny_model(
@@ -74,38 +58,13 @@ def make_tiny_model(
     _write_json(directory / "config.json", config)
     _write_json(directory / "generation_config.json", generation)
     save_file(_weights(checked, seed), directory / "model.safetensors", metadata={"format": "pt"})
-    byte_tokenizer().save(str(directory / "tokenizer.json"))
-    _write_json(directory / "tokenizer_config.json", _tokenizer_config(max_position_embeddings))
-    (directory / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    for name, data in byte_tokenizer_files(max_position_embeddings).items():
+        (directory / name).write_bytes(data)
     return directory
 
 
 def _write_json(path: Path, value: dict[str, object]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def byte_tokenizer() -> Tokenizer:
-    """Token ids 0 to 255 are the bytes; no merges, so that any text round-trips and pieces join seamlessly."""
-    vocab = dict(sorted(BYTE_OF_CHAR.items(), key=lambda entry: entry[1]))
-    tokenizer = Tokenizer(models.BPE(vocab=vocab, merges=[]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in SPECIAL_TOKENS])
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="<|bos|> $A", pair="<|bos|> $A $B", special_tokens=[("<|bos|>", BOS)]
-    )
-    return tokenizer
-
-
-def _tokenizer_config(max_length: int) -> dict[str, object]:
-    return {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": "<|bos|>",
-        "eos_token": "<|end|>",
-        "pad_token": "<|eos|>",
-        "clean_up_tokenization_spaces": False,
-        "model_max_length": max_length,
-    }
 
 
 def _weights(config: ModelConfig, seed: int) -> dict[str, Tensor]:

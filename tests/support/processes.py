@@ -14,10 +14,11 @@ from typing import Self
 class Launcher:
     """`rhizome up` with one worker on a free port, from ready to stopped."""
 
-    def __init__(self, model: Path, *options: str, until: str = "ready: ") -> None:
-        """Entered as soon as a line begins with `until`."""
+    def __init__(self, model: Path | None, *options: str, until: str = "ready: ") -> None:
+        """Entered as soon as a line begins with `until`. Without a model the options say what is served."""
         self._until = until
-        arguments = ("up", "--model", str(model), "--workers", "1", "--port", "0", *options)
+        served = () if model is None else ("--model", str(model))
+        arguments = ("up", *served, "--workers", "1", "--port", "0", *options)
         command = (sys.executable, "-m", "deploy.cli", *arguments)
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
         self.children: list[int] = []

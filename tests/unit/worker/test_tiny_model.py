@@ -10,11 +10,12 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from worker.byte_tokenizer import BOS, END, EOS
 from worker.checkpoint import load_model
 from worker.config import CheckpointError, ModelConfig
 from worker.plan import Chunk, SamplingInput, SamplingParams, StepPlan
 from worker.runner import TorchRunner
-from worker.tiny_model import BOS, END, EOS, make_tiny_model
+from worker.tiny_model import make_tiny_model
 from worker.tokenizer import Tokenizer
 
 torch.set_num_threads(1)

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as HFTokenizer
 
+from worker.byte_tokenizer import SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer
 from worker.config import CheckpointError
-from worker.tiny_model import SPECIAL_TOKENS, VOCAB_SIZE, byte_tokenizer
 from worker.tokenizer import Tokenizer, tokenizer_files
 
 CORPUS = [
