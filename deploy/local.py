@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from deploy.processes import WORKER_PLACE
 from kv_events.bus.url import parse_bus_url
 from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.ticket import SECRET_VARIABLE
+from rhizome.v1.router_pb2 import WorkerEntry
 from router.client import Client
 
 _log = logging.getLogger(__name__)
@@ -239,11 +240,21 @@ async def run_cluster(
             make_tiny_model(model_dir)
         arguments = [*worker_arguments, *(f"--events={url}" for url in events)]
         async with LocalCluster(model_dir, workers, port=port, worker_arguments=arguments, on_event=_say) as cluster:
+            if events:
+                async with Client(cluster.address) as client:
+                    for line in event_lines(await client.workers()):
+                        _say(line)
             _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
             try:
                 await asyncio.Event().wait()
             finally:
                 _say("stopping")
+
+
+def event_lines(workers: Iterable[WorkerEntry]) -> list[str]:
+    """Where each worker's events can be read, with the ports that were free and without passwords."""
+    told = ((entry.worker_id, entry.events_url) for entry in workers if entry.events_url)
+    return [f"{worker}: events at {parse_bus_url(url)}" for worker, url in sorted(told)]
 
 
 def check_own(url: str, workers: int) -> None:
