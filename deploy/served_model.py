@@ -83,7 +83,8 @@ def simulated_model(settings: WorkerSettings, hardware: Hardware) -> ServedModel
         max_waiting=settings.max_waiting,
         event_token_ids=settings.event_token_ids,
     )
-    runner = SimulatedRunner(hardware.steps, time_scale=settings.time_scale)
+    block_load_s = hardware.host_token_s * settings.block_size
+    runner = SimulatedRunner(hardware.steps, block_load_s=block_load_s, time_scale=settings.time_scale)
     return ServedModel(config, runner, byte_tokenizer_files(LONGEST), VOCAB_SIZE, frozenset({EOS, END}))
 
 
