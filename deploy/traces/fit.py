@@ -15,7 +15,7 @@ from deploy.traces.trace import Trace
 from deploy.traces.workload import Distribution, Workload, Zipf
 
 TOOL_GAP_S = 10.0  # who goes on sooner is taken for a tool
-SYSTEM_SHARE = 0.02  # of sessions: what so many begin with is a system prompt, what fewer share a document
+SYSTEM_SHARE = 0.1  # of sessions: what so many begin with is a system prompt, what fewer share a document
 MOST_SHARED = 100_000  # prompts or documents
 LASTING = 0.8  # of the trace: who is used through so much of it is used for good
 EXPONENTS = np.linspace(0, 2.5, 26)
@@ -36,7 +36,7 @@ def fit_workload(trace: Trace) -> Workload:
     document_uses: dict[int, list[float]] = {}
     for request, system, shared in zip(firsts, system_blocks, shared_blocks, strict=True):
         if shared > system:
-            document_uses.setdefault(request.block_ids[shared - 1], []).append(request.arrival_s)
+            document_uses.setdefault(request.block_ids[system], []).append(request.arrival_s)
     life = _life(document_uses, trace.duration_s)
     documents = Counter({document: len(uses) for document, uses in document_uses.items()})
     size = trace.block_size

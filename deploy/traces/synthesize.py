@@ -77,6 +77,7 @@ class _Synthesizer:
         self._documents = _Choice(workload.documents, rng)
         self._tenants = _Choice(workload.tenants, rng) if workload.tenants.count else None
         self._offset = rng.random()
+        self._systems_of: dict[tuple[int, int], int] = {}  # document -> the system prompt that it is shown behind
         self._shared: dict[tuple[int, tuple[int, int]], list[int]] = {}  # (system prompt, document) -> its blocks
 
     def requests(self, count: int) -> list[TraceRequest]:
@@ -129,6 +130,8 @@ class _Synthesizer:
         work, rng = self._workload, self._rng
         system = self._systems.draw() if rng.random() < work.system_share else -1
         document = self._document(now) if rng.random() < work.document_share else NO_DOCUMENT
+        if document != NO_DOCUMENT:
+            system = self._systems_of.setdefault(document, system)
         shared, tokens = self._shared_text(system, document)
         session.blocks = shared.copy()
         own = work.own_tokens if document == NO_DOCUMENT else work.question_tokens

@@ -106,11 +106,17 @@ def read_trace(path: Path | str, block_size: int | None = None) -> Trace:
 
 
 def write_trace(trace: Trace, path: Path | str) -> None:
-    """Write it as read_trace reads it, gzipped where the path ends in .gz. Times are kept to the microsecond."""
+    """Write it as read_trace reads it, gzipped where the path ends in .gz. Times are kept to the microsecond.
+
+    Raises InvalidRequest where it cannot be written.
+    """
     path = Path(path)
-    with _opened(path, "wb") as file:
-        for request in trace.requests:
-            file.write(trace_line(request, trace.block_size))
+    try:
+        with _opened(path, "wb") as file:
+            for request in trace.requests:
+                file.write(trace_line(request, trace.block_size))
+    except OSError as error:
+        raise InvalidRequest("trace", str(path), f"a file that can be written ({error})") from None
 
 
 def trace_line(request: TraceRequest, block_size: int) -> bytes:

@@ -82,10 +82,11 @@ class Workload:
     """The parameters of a synthetic trace. Defaults are a plain chat; lengths in tokens, times in seconds.
 
     A session's first prompt is a system prompt (with the chance system_share, one of system_prompts), then a document
-    (with document_share, one of documents) and question_tokens, else own_tokens. After document_life_s another document takes a place in
-    the documents' ranking: what many ask about changes. Each later prompt is the one before, its answer, and
-    what came next: after tool_gap_s what a tool said (with tool_share), else after think_s what a person wrote. Gaps
-    are from arrival to arrival. A prompt that would pass max_input_tokens starts over, as agents compact theirs.
+    (with document_share, one of documents) and question_tokens, else own_tokens. After document_life_s another
+    document takes a place in the documents' ranking: what many ask about changes. Each later prompt is the one before,
+    its answer, and what came next: after tool_gap_s what a tool said (with tool_share), else after think_s what a
+    person wrote. Gaps are from arrival to arrival. A prompt that would pass max_input_tokens starts over, as agents
+    compact theirs.
     """
 
     name: str = "chat"
@@ -96,7 +97,7 @@ class Workload:
     burstiness: float = 0.3
     diurnal: float = 0.0
     day_s: float = 86_400.0
-    # What sessions share: a system prompt belongs to a product, a document to whom it was shown by one.
+    # What sessions share. A document always follows the same system prompt.
     system_prompts: Zipf = Zipf(20, 1.1)
     system_share: float = 1.0
     system_tokens: Distribution = _lengths(800, 0.6)  # noqa: RUF009
