@@ -30,9 +30,7 @@ class SimulatedRunner:
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        """Steps take 1/`time_scale` of the model's seconds on `clock`, and `block_load_s` for each block that comes back
-        from the host tier.
-        """
+        """`block_load_s`: of each block that comes back from the host tier. All times are divided by `time_scale`."""
         self._steps = steps
         self._block_load_s = block_load_s
         self._scale = time_scale
