@@ -33,10 +33,12 @@ HASHER = BlockHasher(4, derive_salt("m"))
 GREEDY = SamplingParams(max_tokens=6, temperature=0.0, ignore_eos=True)
 
 
-def make_engine(config: SchedulerConfig = CONFIG, clock: Callable[[], float] = lambda: 0.0) -> Engine:
+def make_engine(
+    config: SchedulerConfig = CONFIG, clock: Callable[[], float] = lambda: 0.0, runner: MemoryRunner | None = None
+) -> Engine:
     return Engine(
         config,
-        MemoryRunner(config.num_blocks, config.block_size),
+        runner or MemoryRunner(config.num_blocks, config.block_size, config.host_blocks),
         EventLog("w", 1, config.block_size, 10_000),
         new_decoder=LetterDecoder,
         eos_token_ids=frozenset({EOS}),
@@ -88,10 +90,13 @@ class EngineMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.engine = make_engine()
+        self.engine = self.new_engine()
         self.expected: dict[str, EngineRequest] = {}
         self.got: dict[tuple[str, int], list[int]] = {}
         self.count = 0
+
+    def new_engine(self) -> Engine:
+        return make_engine()
 
     @rule(
         prefix=st.integers(0, 3),
