@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
+import numpy as np
+
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.keys import Hashes
 from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
+from router.table import Floats
 
 
 class Index:
@@ -21,12 +24,16 @@ class Index:
         self._views: dict[str, WorkerView] = {}
         self._names: dict[int, str] = {}
         self._free: list[int] = []
+        self.slot_names: list[str] = []  # worker ids by slot; empty for a slot that nobody has
 
     def add(self, worker_id: str) -> WorkerView:
         """An empty view for a worker that has none."""
         assert worker_id not in self._views
         number = heappop(self._free) if self._free else len(self._names)
         self._names[number] = worker_id
+        if number == len(self.slot_names):
+            self.slot_names.append("")
+        self.slot_names[number] = worker_id
         self._views[worker_id] = WorkerView(worker_id, number, self.tree)
         return self._views[worker_id]
 
@@ -36,6 +43,7 @@ class Index:
         if view is not None:
             view.forget()
             del self._names[view.worker_index]
+            self.slot_names[view.worker_index] = ""
             heappush(self._free, view.worker_index)
 
     def view(self, worker_id: str) -> WorkerView:
@@ -50,9 +58,17 @@ class Index:
         """Workers whose views a cap cut short -> how many entries were refused."""
         return {name: self.tree.refused(view.worker_index) for name, view in self._views.items() if view.truncated}
 
-    def match(self, hashes: Hashes) -> dict[str, int]:
-        """Worker id -> leading blocks of a prompt that it holds; those that hold none are left out."""
-        return {self._names[number]: depth for number, depth in self.tree.match(hashes).as_dict().items()}
+    def match(self, hashes: Hashes) -> Floats:
+        """Leading blocks of a prompt that each slot holds: shape (2, slots), on the device, and in any tier."""
+        found = self.tree.match(hashes)
+        depths = np.zeros((2, len(self.slot_names)))
+        depths[0, found.workers] = found.tier_depths[0]
+        depths[1, found.workers] = found.depths
+        return depths
+
+    def slot(self, worker_id: str) -> int:
+        """The tree's number of a worker that was added."""
+        return self._views[worker_id].worker_index
 
     def check(self, worker_ids: list[str]) -> None:
         """Assert the invariants: a view for each worker, and no entry of anybody else."""

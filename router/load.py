@@ -1,4 +1,7 @@
-"""What each worker still has to do: this router's own reservations, and what the worker reports beyond them."""
+"""What each worker still has to do: this router's own reservations, and what the worker reports beyond them.
+
+Each change is written through to the table that decisions read.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,11 @@ from dataclasses import dataclass, field
 
 from rhizome.errors import Duplicate, Overloaded
 from router.fleet import WorkerReport
+from router.table import Column, WorkerTable
 
 MAX_IN_FLIGHT = 65_536  # requests over all workers, some 300 bytes each
+RESIDENCE_S = 10.0  # that a request's blocks are in use, before any is known
+RESIDENCE_SHARE = 0.05  # that a request's end counts in the mean
 SILENCE_LIMIT_S = 60.0  # a ticket's lifetime: a direct request not heard of for so long is left to the reports
 
 
@@ -20,31 +26,45 @@ class Reservation:
     worker_id: str
     prefill_tokens: int  # still to be computed
     blocks: int  # of its prompt
+    prompt_tokens: int
     sequences: int
     predicted_ttft_s: float
     routed_at: float
+    tokens_s: float  # predicted for the prefill tokens, steps apart
+    prefill_s: float  # the same with the steps
     streamed: bool  # passes through this router, which so learns its end; else only the worker tells
     heard_at: float = 0.0
     prefilled: bool = False
     in_report: bool = False  # the worker's latest report counts its blocks as in use
     settled: bool = False  # routed before the latest report: the next one knows of it
 
+    pending_blocks: int = 0  # of its blocks, what the latest report does not count as in use yet
+
     def __post_init__(self) -> None:
         self.heard_at = self.routed_at
+        self.pending_blocks = self.blocks
 
 
 @dataclass(slots=True)
 class WorkerLoad:
     """One worker's load. Sums are kept beside the reservations so that a decision reads, not adds."""
 
+    slot: int
     reservations: dict[str, Reservation] = field(default_factory=dict)  # in order of arrival
+    queue: dict[str, Reservation] = field(default_factory=dict)  # those without a first token, in order of arrival
+    unreported: dict[str, Reservation] = field(default_factory=dict)  # those that are not in_report
+    head_since: float = 0.0  # when the first of them began, as far as known
     own_prefill_tokens: int = 0
+    own_tokens_s: float = 0.0
     own_sequences: int = 0
     own_decoding: int = 0
+    own_context: int = 0  # tokens of those decoding: their prompts
     pending_blocks: int = 0  # of requests that the worker's report does not count yet
     foreign_prefill_tokens: int = 0  # of other routers and direct clients
     foreign_sequences: int = 0
     blocks_in_use: int = 0
+    released_blocks: int = 0  # of requests that ended since the report which counts them as in use
+    residence_s: float = RESIDENCE_S  # mean time from the decision to the end of a request
     last_routed: int = 0  # serial of the latest decision for this worker
 
     @property
@@ -65,15 +85,19 @@ class WorkerLoad:
     def count(self, reservation: Reservation, sign: int = 1) -> None:
         """Add a reservation to the sums, or with sign -1 take it out."""
         self.own_prefill_tokens += sign * reservation.prefill_tokens
+        self.own_tokens_s += sign * reservation.tokens_s
         self.own_sequences += sign * reservation.sequences
-        self.own_decoding += sign * reservation.sequences * reservation.prefilled
-        self.pending_blocks += sign * reservation.blocks * (not reservation.in_report)
+        decoding = reservation.sequences * reservation.prefilled
+        self.own_decoding += sign * decoding
+        self.own_context += sign * decoding * reservation.prompt_tokens
+        self.pending_blocks += sign * reservation.pending_blocks
 
 
 class Load:
     """The loads of all workers, and every request in flight by its id."""
 
-    def __init__(self) -> None:
+    def __init__(self, table: WorkerTable) -> None:
+        self._table = table
         self._workers: dict[str, WorkerLoad] = {}
         self._in_flight: dict[str, Reservation] = {}
         self._serial = 0
@@ -84,9 +108,10 @@ class Load:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._in_flight
 
-    def add_worker(self, worker_id: str) -> None:
-        """Start with an empty load."""
-        self._workers[worker_id] = WorkerLoad()
+    def add_worker(self, worker_id: str, slot: int) -> None:
+        """Start with an empty load, at the table's `slot`."""
+        self._workers[worker_id] = WorkerLoad(slot)
+        self._write(self._workers[worker_id])
 
     def drop_worker(self, worker_id: str) -> None:
         """Forget its load. A streamed request stays in flight until its stream has ended too."""
@@ -99,17 +124,25 @@ class Load:
         """The load of a worker that was added."""
         return self._workers[worker_id]
 
-    def reserve(self, request: Reservation) -> None:
-        """Count a request as its worker's. Raises Duplicate, Overloaded at MAX_IN_FLIGHT."""
-        if request.request_id in self._in_flight:
-            raise Duplicate(f"request {request.request_id} is in flight already")
+    def check_room(self, request_id: str) -> None:
+        """Raises Duplicate for a request in flight, Overloaded at MAX_IN_FLIGHT."""
+        if request_id in self._in_flight:
+            raise Duplicate(f"request {request_id} is in flight already")
         if len(self._in_flight) >= MAX_IN_FLIGHT:
             raise Overloaded(f"{MAX_IN_FLIGHT} requests are in flight, the most that this router keeps")
+
+    def reserve(self, request: Reservation) -> None:
+        """Count a request as its worker's. Raises like check_room."""
+        self.check_room(request.request_id)
         self._serial += 1
         load = self._workers[request.worker_id]
         load.last_routed = self._serial
+        if not load.queue:
+            load.head_since = request.routed_at
         load.reservations[request.request_id] = self._in_flight[request.request_id] = request
+        load.queue[request.request_id] = load.unreported[request.request_id] = request
         load.count(request)
+        self._write(load)
 
     def prefilled(self, request_id: str, now: float) -> Reservation | None:
         """The first token is there. Returns the reservation the first time, None when it is not new or not known."""
@@ -119,18 +152,47 @@ class Load:
         load = self._load_of(request)
         if load:
             load.count(request, -1)
-        request.prefilled, request.prefill_tokens, request.heard_at = True, 0, now
+            del load.queue[request_id]
+            load.head_since = now
+        request.prefilled, request.prefill_tokens, request.tokens_s, request.heard_at = True, 0, 0.0, now
         if load:
             load.count(request)
+            self._write(load)
         return request
 
-    def release(self, request_id: str) -> Reservation | None:
+    def release(self, request_id: str, now: float) -> Reservation | None:
         """The request has ended; None when it is not known."""
         request = self._in_flight.pop(request_id, None)
         if request is not None and (load := self._load_of(request)):
             load.count(request, -1)
             del load.reservations[request_id]
+            if load.queue.pop(request_id, None) is not None:
+                load.head_since = now
+            if load.unreported.pop(request_id, None) is None:
+                load.released_blocks += request.blocks
+            if request.prefilled:
+                load.residence_s += RESIDENCE_SHARE * (now - request.routed_at - load.residence_s)
+            self._write(load)
         return request
+
+    def _write(self, load: WorkerLoad) -> None:
+        values, slot = self._table.values, load.slot
+        if not load.queue:  # floats added and taken away leave crumbs
+            load.own_tokens_s = 0.0
+        foreign = load.foreign_prefill_tokens
+        values[Column.QUEUED_TOKENS : Column.RESIDENCE_S + 1, slot] = (
+            load.own_prefill_tokens + foreign,
+            load.own_tokens_s + foreign * values[Column.TOKEN_S, slot],
+            next(iter(load.queue.values())).prefill_s if load.queue else 0.0,
+            load.head_since,
+            load.sequences,
+            load.decoding,
+            load.own_context,
+            load.pending_blocks,
+            max(0, load.blocks_in_use - load.released_blocks),
+            load.last_routed,
+            load.residence_s,
+        )
 
     def _load_of(self, request: Reservation) -> WorkerLoad | None:
         """The load that counts this very reservation: its worker may be gone, or a new incarnation."""
@@ -144,26 +206,34 @@ class Load:
         begun = [self.prefilled(name, now) for name in report.prefilled_request_ids if name in known]
         for name in report.finished_request_ids:
             if name in known and not known[name].streamed:  # a stream's end is known better from the stream
-                self.release(name)
-        self._mark_progress(load, report.prefill_tokens_outstanding)
+                self.release(name, now)
+        self._mark_progress(load, report.prefill_tokens_outstanding, now)
         load.foreign_prefill_tokens = max(0, report.prefill_tokens_outstanding - load.own_prefill_tokens)
         load.foreign_sequences = max(0, report.running + report.waiting - load.own_sequences)
-        load.blocks_in_use = report.blocks_in_use
+        load.blocks_in_use, load.released_blocks = report.blocks_in_use, 0
+        self._write(load)
         return [request for request in begun if request]
 
-    def _mark_progress(self, load: WorkerLoad, outstanding: int) -> None:
+    def _mark_progress(self, load: WorkerLoad, outstanding: int, now: float) -> None:
         """Requests that the worker surely has cannot have more left than all that it reports: the oldest are ahead."""
-        settled = sum(request.prefill_tokens for request in load.reservations.values() if request.settled)
-        excess = settled - outstanding
-        for request in load.reservations.values():
-            load.count(request, -1)
-            if request.settled and excess > 0:
+        excess = sum(request.prefill_tokens for request in load.queue.values() if request.settled) - outstanding
+        for request in load.queue.values():
+            if request.settled and excess > 0 and request.prefill_tokens:
                 done = min(excess, request.prefill_tokens)
+                left = (request.prefill_tokens - done) / request.prefill_tokens
+                load.count(request, -1)
                 request.prefill_tokens -= done
+                request.pending_blocks = int(left * request.pending_blocks)
+                request.tokens_s, request.prefill_s = left * request.tokens_s, left * request.prefill_s
+                load.count(request)
+                load.head_since = now
                 excess -= done
             request.settled = True
-            request.in_report = request.prefilled
+        for request in [request for request in load.unreported.values() if request.prefilled]:
+            load.count(request, -1)
+            request.in_report, request.pending_blocks = True, 0
             load.count(request)
+            del load.unreported[request.request_id]
 
     def expire(self, now: float) -> list[Reservation]:
         """Release direct requests that nobody has spoken of for SILENCE_LIMIT_S; running ones stay in the reports."""
@@ -173,7 +243,7 @@ class Load:
             if not request.streamed and request.heard_at + SILENCE_LIMIT_S <= now
         ]
         for request in silent:
-            self.release(request.request_id)
+            self.release(request.request_id, now)
         return silent
 
     def check(self, worker_ids: Sequence[str]) -> None:
@@ -181,12 +251,14 @@ class Load:
         assert sorted(self._workers) == sorted(worker_ids)
         kept: dict[str, Reservation] = {}
         for load in self._workers.values():
-            fresh = WorkerLoad()
+            fresh = WorkerLoad(load.slot)
             for request in load.reservations.values():
                 assert request.prefill_tokens >= 0
                 assert not (request.prefilled and request.prefill_tokens)
                 fresh.count(request)
-            for name in ("own_prefill_tokens", "own_sequences", "own_decoding", "pending_blocks"):
+                assert (request.request_id in load.queue) == (not request.prefilled)
+                assert (request.request_id in load.unreported) == (not request.in_report)
+            for name in ("own_prefill_tokens", "own_sequences", "own_decoding", "own_context", "pending_blocks"):
                 assert getattr(load, name) == getattr(fresh, name), name
             assert load.foreign_prefill_tokens >= 0
             assert load.foreign_sequences >= 0

@@ -14,9 +14,10 @@ from radix.keys import Hashes, Tokens, hashes_of
 from rhizome import validate
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
+from router.candidates import Candidate
 from router.core import RouteRequest
+from router.decision import Decision
 from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
-from router.policy import Candidate, Decision
 from router.tokenizing import PromptTokenizer
 
 _ID_LISTS = ("prefilled_request_ids", "finished_request_ids")
@@ -59,6 +60,8 @@ def prepare(
         hashes=hashes_of(keys),
         sequences=max(1, request.sampling.n),
         policy=request.policy,
+        session=request.session_id,
+        priority=request.priority,
         bypass_prefix_cache=request.bypass_prefix_cache,
         streamed=streamed,
     )
@@ -189,6 +192,7 @@ def decision_message(decision: Decision) -> router_pb2.Decision:
         reason=decision.reason,
         prompt_tokens=decision.prompt_tokens,
         candidates=[_candidate_message(candidate) for candidate in decision.candidates],
+        held_s=decision.held_s,
     )
 
 

@@ -16,6 +16,8 @@ from rhizome import rpc, ticket, validate
 from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.core import Router
+from router.decision import Decision
+from router.dispatcher import Dispatcher
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
 from router.links import Links, WorkerLink, check_events_url
 from router.messages import (
@@ -30,7 +32,8 @@ from router.messages import (
     worker_report,
 )
 from router.observed import Observed, observed_card, observing, parse_observed, warn_of_other_block_sizes
-from router.policy import Decision, PredictedTtft
+from router.policies import DEFAULT_POLICY
+from router.trace_recorder import RecordedRequest, TraceRecorder, recording_trace
 from router.whole_tree import TreeSender
 
 logger = logging.getLogger(__name__)
@@ -55,31 +58,60 @@ class WorkerLost(Unavailable):
 class RouterService:
     """rhizome.v1.Router."""
 
-    def __init__(self, router: Router, links: Links, observed: Sequence[Observed], secret: bytes) -> None:
+    def __init__(
+        self,
+        router: Router,
+        links: Links,
+        dispatcher: Dispatcher,
+        observed: Sequence[Observed],
+        secret: bytes,
+        recorder: TraceRecorder | None = None,
+    ) -> None:
         self._router = router
         self._links = links
+        self._dispatcher = dispatcher
         self._observed = observed
         self._secret = secret
+        self._recorder = recorder
         self._trees = TreeSender(router.fleet, router.index)
 
     async def generate(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> None:
         """Route, then pass the worker's chunks through; while nothing was delivered another worker can take over."""
+        arrived_s = time.monotonic()
         prepared = await self._prepare(request, streamed=True)
+        if self._recorder is None:
+            await self._answer(prepared, context, None)
+            return
+        route, card = prepared.route, self._router.card(prepared.route.model)
+        seen = RecordedRequest(
+            arrived_s, card.block_size, route.prompt_tokens, route.hashes, route.session, route.priority
+        )
+        try:
+            await self._answer(prepared, context, seen)
+        finally:
+            self._recorder.record(seen)
+
+    async def _answer(self, prepared: PreparedRequest, context: rpc.Context, seen: RecordedRequest | None) -> None:
         for workers_left in reversed(range(MAX_WORKERS_TRIED)):
-            decision = self._router.route(prepared.route, time.monotonic())
+            decision = await self._dispatcher.place(prepared.route)
             try:
                 self._sign(prepared.message, decision)
-                await self._pass_through(prepared.message, decision, context)
+                await self._pass_through(prepared.message, decision, context, seen)
                 return
             except WorkerLost as lost:
                 if lost.delivered or not workers_left:
                     raise
                 logger.warning("%s; trying another", lost)
             finally:
-                self._router.finish(decision.request_id)
+                self._router.finish(decision.request_id, time.monotonic())
+                self._dispatcher.changed()
 
     async def _pass_through(
-        self, message: worker_pb2.WorkerGenerateRequest, decision: Decision, context: rpc.Context
+        self,
+        message: worker_pb2.WorkerGenerateRequest,
+        decision: Decision,
+        context: rpc.Context,
+        seen: RecordedRequest | None,
     ) -> None:
         link = self._links[decision.worker_id]
         delivered = 0
@@ -90,9 +122,12 @@ class RouterService:
                 async for chunk in call:
                     if not delivered:
                         self._router.first_token(message.request_id, time.monotonic())
+                        self._dispatcher.changed()
                         await context.send_initial_metadata(_metadata(decision))
                     await context.write(chunk)
                     delivered += 1
+                    if seen is not None:
+                        seen.delivered(chunk)
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 self._router.set_unreachable(link.info.worker_id, link.info.epoch)
@@ -105,7 +140,7 @@ class RouterService:
     async def route(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> router_pb2.RouteResponse:
         """Decide and reserve; the client goes to the worker itself."""
         prepared = await self._prepare(request, streamed=False)
-        decision = self._router.route(prepared.route, time.monotonic())
+        decision = await self._dispatcher.place(prepared.route)
         self._sign(prepared.message, decision)
         return router_pb2.RouteResponse(
             decision=decision_message(decision), worker_address=decision.address, request=prepared.message
@@ -117,7 +152,7 @@ class RouterService:
         if observed and not fleet.serving(request.model) and (request.model in observed - {""} or not len(fleet)):
             return await self._explain_observed(request)
         prepared = await self._prepare(request, streamed=False)
-        return explanation_message(self._router.explain(prepared.route), prepared.route.hashes)
+        return explanation_message(self._router.explain(prepared.route, time.monotonic()), prepared.route.hashes)
 
     async def _explain_observed(self, request: router_pb2.GenerateRequest) -> router_pb2.Decision:
         card = observed_card(self._observed, request.model)
@@ -212,8 +247,11 @@ class RouterService:
 class FleetService:
     """rhizome.v1.Fleet."""
 
-    def __init__(self, router: Router, links: Links, observed: Sequence[Observed], secret: bytes) -> None:
+    def __init__(
+        self, router: Router, links: Links, dispatcher: Dispatcher, observed: Sequence[Observed], secret: bytes
+    ) -> None:
         self._router = router
+        self._dispatcher = dispatcher
         self._links = links
         self._observed = observed
         self._secret = secret
@@ -242,6 +280,7 @@ class FleetService:
         ticket.check_member(self._secret, request)
         status = request.status
         draining = self._router.heartbeat(status.worker_id, status.epoch, worker_report(status), time.monotonic())
+        self._dispatcher.changed()
         return fleet_pb2.HeartbeatResponse(draining=draining)
 
     async def deregister(
@@ -256,12 +295,11 @@ class FleetService:
 
 
 def _metadata(decision: Decision) -> tuple[tuple[str, str], ...]:
-    chosen = decision.candidates[0]
     return (
         ("rhizome-request-id", decision.request_id),
         ("rhizome-worker", decision.worker_id),
-        ("rhizome-cached-tokens", str(chosen.cached_tokens)),
-        ("rhizome-predicted-ttft-ms", f"{chosen.predicted_ttft_s * 1000:.1f}"),
+        ("rhizome-cached-tokens", str(decision.cached_tokens)),
+        ("rhizome-predicted-ttft-ms", f"{decision.predicted_ttft_s * 1000:.1f}"),
     )
 
 
@@ -312,13 +350,14 @@ async def running_router(
     host: str = "127.0.0.1",
     port: int = 0,
     *,
-    policy: str = PredictedTtft.name,
+    policy: str = DEFAULT_POLICY,
     secret: bytes = b"",
     insecure: bool = False,
     lease_s: float = LEASE_S,
     max_blocks: int = DEFAULT_MAX_BLOCKS,
     max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
     observe: Sequence[str] = (),
+    record_trace: Path | None = None,
     validate: bool = False,
 ) -> AsyncIterator[str]:
     """A serving router; yields its host:port (port 0: a free one).
@@ -340,9 +379,13 @@ async def running_router(
         validate=validate,
     )
     links = Links(router)
+    dispatcher = Dispatcher(router)
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
-        _handlers(RouterService(router, links, observed, secret), FleetService(router, links, observed, secret))
+        _handlers(
+            RouterService(router, links, dispatcher, observed, secret),
+            FleetService(router, links, dispatcher, observed, secret),
+        )
     )
     expiry = asyncio.create_task(_expire(router, links))
     try:

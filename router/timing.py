@@ -4,124 +4,144 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
 
 from router.fleet import WorkerReport
+from router.table import Floats
 
-WINDOW_S = 30.0  # what was seen that long ago counts 1/e: a slow first step is forgiven, a new pace noticed
-PRIOR_WEIGHT_S = 0.005  # the prior counts as this much observed time
-LEAST_OF_PRIOR = 0.1
+WINDOW_S = 60.0  # of observed time: what lies that far back counts 1/e
+PRIOR_WEIGHT_S = 0.02  # each term of the prior counts as this much observed time
+LEAST_OF_PRIOR = 0.02  # no term is taken to be less than this share of the prior's
+OUTLIER = 4.0  # an observation counts at most so many times, and at least one such part, of what was expected
+REFIT_S = 1.0  # of observed time, and at first sooner, between fits
 MAX_STEP_S = 60.0  # a longer step is a stopped clock, not a measurement
 
 
-@dataclass(frozen=True, slots=True)
-class StepCosts:
-    """A prefill step of t tokens takes `prefill_step_s + t * prefill_token_s`, a decode step `decode_step_s`."""
+class StepCosts(NamedTuple):
+    """Seconds of a step: `prefill_step_s` where it holds prefill, else `decode_step_s`, and for each
+    new prompt token, each pair of such a token and one before it, each decoding sequence, each token of their contexts.
+    """
 
     prefill_step_s: float
-    prefill_token_s: float
+    token_s: float
+    attention_s: float
     decode_step_s: float
+    sequence_s: float
+    context_s: float
 
-    def prefill_s(self, tokens: int, max_batched_tokens: int) -> float:
-        """Seconds to prefill `tokens`, in as few steps as the budget of a step allows."""
-        return steps_of(tokens, max_batched_tokens) * self.prefill_step_s + tokens * self.prefill_token_s
+    def prefill_s(self, tokens: int, budget: int, cached: int = 0) -> float:
+        """Seconds to prefill `tokens` after `cached` ones alone, in as few steps as a step's budget allows."""
+        return steps_of(tokens, budget) * self.prefill_step_s + self.tokens_s(tokens, cached)
+
+    def tokens_s(self, tokens: int, cached: int) -> float:
+        """The same without what each step costs by itself."""
+        return tokens * (self.token_s + self.attention_s * (cached + tokens / 2))
 
 
-PRIOR = StepCosts(prefill_step_s=0.02, prefill_token_s=2e-4, decode_step_s=0.05)
+PRIOR = StepCosts(0.02, 2e-4, 4e-9, 0.04, 2e-4, 1e-7)
 """Before anything is known. Slower than most: routing suffers far more from a prediction too low than too high."""
 
+_SCALE = np.array(PRIOR)
+_TERMS = len(PRIOR)
 
-def steps_of(tokens: int, max_batched_tokens: int) -> int:
+
+def steps_of(tokens: int, budget: int) -> int:
     """Steps that a prefill of so many tokens takes."""
-    return -(-tokens // max_batched_tokens)
+    return -(-tokens // budget)
 
 
 class WorkerTiming:
     """One worker's step costs: least squares over its reports, older ones fading, pulled towards a prior.
 
-    Fits y = step * s + token * t over reports of s steps, t tokens and y seconds, each weighted by 1 / the time that
-    was expected for it, so that long steps do not drown short ones (the weights of a quasi-Poisson regression:
-    Wedderburn, 1974). Two terms, not tokens a second: a worker with good cache hits makes many small prefills, and
-    would look slow by that ratio. The prior is two more observations, of one term each.
+    Each report gives two observations: the seconds of its steps with prefill, and of those without, beside how much of
+    each term they held. They are weighted by 1 / the time that was expected, so that long steps do not drown short ones
+    (the weights of a quasi-Poisson regression: Wedderburn, 1974), and cut to within OUTLIER of it, so that one stall
+    changes little, while a new pace is found in a few reports. Terms are counted in what the prior gives for them: the
+    prior is then one more observation of each term. None becomes negative (an active set of bounds).
     """
 
     def __init__(self) -> None:
         self._last = WorkerReport()  # counters start at zero
-        self._last_at = 0.0
-        self._prefill = [0.0] * 5  # faded sums of s*s, s*t, t*t, s*y, t*y, all weighted
-        self._decode = [0.0] * 2  # faded sums of steps, seconds
-        self.measured = False
+        self._normal = np.zeros((_TERMS, _TERMS))
+        self._moment = np.zeros(_TERMS)
+        self._costs = np.array(PRIOR)
+        self._unfitted_s = 0.0
+        self._observed_s = 0.0
         self.costs = PRIOR
 
-    def observe(self, report: WorkerReport, prior: StepCosts, now: float) -> None:
-        """Take the difference to the previous report in; one that makes no sense is left out."""
+    @property
+    def measured(self) -> bool:
+        """Whether anything was observed."""
+        return self._observed_s > 0
+
+    def observe(self, report: WorkerReport, prior: StepCosts) -> bool:
+        """Take the difference to the previous report in; one that makes no sense is left out. True: costs changed."""
         last, self._last = self._last, report
-        fade = math.exp(-max(0.0, now - self._last_at) / WINDOW_S)
-        self._last_at = now
-        expected = _at_least(self.costs, prior)
-        self._prefill = [value * fade for value in self._prefill]
-        self._decode = [value * fade for value in self._decode]
-        self._add_prefill(
-            report.prefill_steps - last.prefill_steps,
-            report.prefill_tokens - last.prefill_tokens,
-            report.prefill_s - last.prefill_s,
-            expected,
-        )
-        self._add_decode(report.decode_steps - last.decode_steps, report.decode_s - last.decode_s)
-        self.costs = self._fit(prior, expected)
+        prefill = _sensible(report.prefill_s - last.prefill_s, report.prefill_steps - last.prefill_steps)
+        decode = _sensible(report.decode_s - last.decode_s, report.decode_steps - last.decode_steps)
+        tokens = report.prefill_tokens - last.prefill_tokens
+        if prefill and tokens > 0:
+            attention = report.prefill_attention - last.prefill_attention
+            decodes = report.prefill_decodes - last.prefill_decodes
+            context = report.prefill_context - last.prefill_context
+            steps = report.prefill_steps - last.prefill_steps
+            self._add((steps, tokens, attention, 0, decodes, context), prefill)
+        if decode:
+            decodes = report.decode_tokens - last.decode_tokens
+            context = report.decode_context - last.decode_context
+            self._add((0, 0, 0, report.decode_steps - last.decode_steps, decodes, context), decode)
+        if self._unfitted_s < min(REFIT_S, 0.2 * self._observed_s) or not self._unfitted_s:
+            return False
+        self._unfitted_s = 0.0
+        self.costs = self._fit(prior)
+        self._costs = np.array(self.costs)
+        return True
 
-    def _add_prefill(self, steps: int, tokens: int, seconds: float, expected: StepCosts) -> None:
-        if 0 < steps <= tokens and _sensible(seconds, steps):
-            weight = _share(seconds) / (steps * expected.prefill_step_s + tokens * expected.prefill_token_s)
-            terms = (steps * steps, steps * tokens, tokens * tokens, steps * seconds, tokens * seconds)
-            self._prefill = [value + weight * term for value, term in zip(self._prefill, terms, strict=True)]
-            self.measured = True
+    def _add(self, work: tuple[float, ...], seconds: float) -> None:
+        terms = np.array(work) * _SCALE
+        if not terms.min() >= 0 or terms.max() == math.inf:
+            return
+        expected = max(float(np.dot(work, self._costs)), 1e-6)
+        if self._observed_s > 1.0:
+            seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
+        # A worker's whole past may come in one report (a router that restarted): it counts no more than a window.
+        weight = min(1.0, WINDOW_S / seconds)
+        fade = math.exp(-weight * seconds / WINDOW_S)
+        self._normal *= fade
+        self._moment *= fade
+        self._normal += np.outer(terms, terms) * (weight / expected)
+        self._moment += terms * (seconds * weight / expected)
+        self._observed_s += seconds
+        self._unfitted_s += seconds
 
-    def _add_decode(self, steps: int, seconds: float) -> None:
-        if steps > 0 and _sensible(seconds, steps):
-            share = _share(seconds)
-            self._decode = [self._decode[0] + share * steps, self._decode[1] + share * seconds]
-
-    def _fit(self, prior: StepCosts, expected: StepCosts) -> StepCosts:
-        steps, tokens = PRIOR_WEIGHT_S / prior.prefill_step_s, PRIOR_WEIGHT_S / prior.prefill_token_s
-        ss, st, tt, sy, ty = self._prefill
-        ss, sy = ss + steps / expected.prefill_step_s, sy + PRIOR_WEIGHT_S / expected.prefill_step_s
-        tt, ty = tt + tokens / expected.prefill_token_s, ty + PRIOR_WEIGHT_S / expected.prefill_token_s
-        determinant = ss * tt - st * st  # never negative; next to zero where all steps had the same size
-        if determinant <= 1e-12 * ss * tt or (step_s := (sy * tt - ty * st) / determinant) <= 0:
-            step_s, token_s = 0.0, ty / tt
-        elif (token_s := (ty * ss - sy * st) / determinant) <= 0:
-            step_s, token_s = sy / ss, 0.0
-        decode_steps, decode_s = self._decode
-        decode_step_s = (decode_s + PRIOR_WEIGHT_S) / (decode_steps + PRIOR_WEIGHT_S / prior.decode_step_s)
-        return StepCosts(step_s, token_s, decode_step_s)
-
-
-def _at_least(costs: StepCosts, prior: StepCosts) -> StepCosts:
-    """As weights are divided by these, none may be next to nothing."""
-    return StepCosts(
-        max(costs.prefill_step_s, LEAST_OF_PRIOR * prior.prefill_step_s),
-        max(costs.prefill_token_s, LEAST_OF_PRIOR * prior.prefill_token_s),
-        costs.decode_step_s,
-    )
-
-
-def _sensible(seconds: float, steps: int) -> bool:
-    return math.isfinite(seconds) and 0 < seconds <= MAX_STEP_S * steps
+    def _fit(self, prior: StepCosts) -> StepCosts:
+        target = np.array(prior) / _SCALE
+        normal = self._normal + np.diag(PRIOR_WEIGHT_S / target)
+        moment = self._moment + PRIOR_WEIGHT_S
+        least = LEAST_OF_PRIOR * target
+        found: Floats = least.copy()
+        free = np.ones(_TERMS, bool)
+        while free.any():
+            rest = moment[free] - normal[np.ix_(free, ~free)] @ least[~free]
+            found[free] = np.linalg.solve(normal[np.ix_(free, free)], rest)
+            low = free & (found < least)
+            if not low.any():
+                break
+            found[low] = least[low]
+            free &= ~low
+        return StepCosts(*(found * _SCALE).tolist())
 
 
-def _share(seconds: float) -> float:
-    # A worker's whole past may come in one report (a router that restarted): it counts no more than a window.
-    return min(1.0, WINDOW_S / seconds)
+def _sensible(seconds: float, steps: int) -> float:
+    """The seconds, or 0 where they cannot be what so many steps took."""
+    return seconds if steps > 0 and math.isfinite(seconds) and 0 < seconds <= MAX_STEP_S * steps else 0.0
 
 
 def average(timings: Iterable[WorkerTiming]) -> StepCosts:
-    """The mean of those that were measured, else PRIOR; never zero, as it serves as a prior."""
-    known = [timing.costs for timing in timings if timing.measured]
-    if not known:
+    """The mean of those that were measured, else PRIOR; no term is zero, as it serves as a prior."""
+    known = np.array([timing.costs for timing in timings if timing.measured])
+    if not len(known):
         return PRIOR
-    return StepCosts(
-        max(1e-6, sum(costs.prefill_step_s for costs in known) / len(known)),
-        max(1e-9, sum(costs.prefill_token_s for costs in known) / len(known)),
-        max(1e-6, sum(costs.decode_step_s for costs in known) / len(known)),
-    )
+    return StepCosts(*np.maximum(known.mean(axis=0), 1e-12).tolist())

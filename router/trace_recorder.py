@@ -20,6 +20,8 @@ from hashlib import blake2b
 from pathlib import Path
 from typing import IO
 
+from google.protobuf.message import DecodeError
+
 from radix.keys import Hashes
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import generation_pb2
@@ -51,7 +53,10 @@ class RecordedRequest:
 
     def output_tokens(self) -> int:
         """As the last piece says; of an answer that was cut, at least one for each piece."""
-        told = generation_pb2.GenerateChunk.FromString(self.last_chunk).usage.completion_tokens
+        try:
+            told = generation_pb2.GenerateChunk.FromString(self.last_chunk).usage.completion_tokens
+        except DecodeError:  # a router passes on what it does not understand
+            told = 0
         return max(told, self.chunks)
 
 

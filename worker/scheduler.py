@@ -52,7 +52,7 @@ class Scheduled:
 
     sequence: Sequence
     num_tokens: int
-    copies: list[tuple[int, int]]
+    copies: AnySequence[tuple[int, int]] = ()
     loads: AnySequence[tuple[int, int]] = ()  # of its cached prefix: (host slot, device block)
     saves: AnySequence[tuple[int, int]] = ()  # (device block, host slot); the first entry has all
 
@@ -99,19 +99,24 @@ class Scheduler:
         """What the next step computes; blocks for it are allocated. Empty when there is nothing to do."""
         budget = self.config.max_batched_tokens
         step: list[Scheduled] = []
-        preempted = False
-        for sequence in sorted(self.running, key=lambda s: (s.remaining > 1, s.rank)):
+        preemptions, refused = self.preemptions, False
+        for sequence in sorted(self.running, key=_decodes_first):
             if budget == 0:
                 break
-            if sequence not in self.running:
+            if self.preemptions > preemptions and sequence not in self.running:
                 continue  # preempted for a better-ranked one
             num_tokens = min(sequence.remaining, budget)
-            if not self._make_room(sequence, num_tokens, step):
-                preempted = True
-                continue
-            step.append(self._take_blocks(sequence, num_tokens))
-            budget = self.config.max_batched_tokens - sum(entry.num_tokens for entry in step)
-        if not preempted:
+            if self._has_room(sequence, num_tokens):
+                step.append(Scheduled(sequence, num_tokens))
+            elif self._make_room(sequence, num_tokens, step):
+                step.append(self._take_blocks(sequence, num_tokens))
+            else:
+                refused = True
+            if self.preemptions > preemptions:
+                budget = self.config.max_batched_tokens - sum(entry.num_tokens for entry in step)
+            else:
+                budget -= num_tokens
+        if not refused:
             self._admit(step, budget)
         if step and self.cache.host is not None:
             step[0].saves = self.cache.take_saves()  # not by entry: whose blocks they made room for may be preempted
@@ -202,6 +207,12 @@ class Scheduler:
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
 
+    def _has_room(self, sequence: Sequence, num_tokens: int) -> bool:
+        """Whether its blocks hold that many more tokens, and the next is written into one that is its own."""
+        size, computed = self.config.block_size, sequence.computed
+        fits = computed + num_tokens <= len(sequence.blocks) * size
+        return fits and self.cache.pool.ref_count(sequence.blocks[computed // size]) == 1
+
     def _needed(self, sequence: Sequence, num_tokens: int) -> int:
         new = self._blocks_for(sequence.computed + num_tokens) - len(sequence.blocks)
         return new + (self._shared_tail(sequence) is not None)
@@ -260,6 +271,10 @@ class Scheduler:
             tokens = cast("AnySequence[int]", sequence.tokens)  # all of it, never a copy
             samples = (SamplingInput(params, tokens, sequence.prompt_len, choice, banned) for choice in choices)
         return Chunk(sequence.tokens[start : start + num_tokens], start, list(sequence.blocks), tuple(samples))
+
+
+def _decodes_first(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
+    return sequence.remaining > 1, sequence.rank
 
 
 def _rank(sequence: Sequence) -> tuple[int, int, int]:

@@ -49,18 +49,18 @@ class Sequence:
     listed: int = 0  # leading full blocks already offered to the prefix cache
     cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
     expected_cached: int = 0  # the same, estimated while waiting
+    prompt_len: int = field(init=False)
+    rank: tuple[int, int, int] = field(init=False)  # smaller goes first: priority, then arrival, then choice
 
     _keys: list[bytes] = field(default_factory=list)
     _contents: list[CachedBlock] = field(default_factory=list)  # of leading full blocks, as far as asked for
 
     def __post_init__(self) -> None:
+        self.prompt_len = len(self.request.token_ids)
+        self.rank = (self.request.priority, self.arrival, self.choice)
         if not self.tokens:
             self.tokens = list(self.request.token_ids)
             self._keys = _split(self.request.keys)
-
-    @property
-    def prompt_len(self) -> int:
-        return len(self.request.token_ids)
 
     @property
     def output_len(self) -> int:
@@ -76,11 +76,6 @@ class Sequence:
         """Prompt tokens still to be computed, as far as known."""
         done = self.computed if self.blocks else max(self.computed, self.expected_cached)
         return max(0, self.prompt_len - done)
-
-    @property
-    def rank(self) -> tuple[int, int, int]:
-        """Smaller goes first: priority, then arrival, then choice."""
-        return (self.request.priority, self.arrival, self.choice)
 
     def reusable(self) -> list[CachedBlock]:
         """The blocks to look for in the prefix cache. The last token is always computed: its logits are needed."""

@@ -34,6 +34,7 @@ class GenerateRequest(_message.Message):
     PRIORITY_FIELD_NUMBER: _builtins.int
     POLICY_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    SESSION_ID_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """[made up by the router] unique among requests in flight"""
     model: _builtins.str
@@ -41,8 +42,10 @@ class GenerateRequest(_message.Message):
     text: _builtins.str
     priority: _builtins.int
     policy: _builtins.str
-    """[the router's] predicted-ttft or round-robin"""
+    """[the router's] one of router.policies"""
     bypass_prefix_cache: _builtins.bool
+    session_id: _builtins.str
+    """of a conversation, for policies that go by it"""
     @_builtins.property
     def chat(self) -> _generation_pb2.ChatMessages: ...
     @_builtins.property
@@ -61,10 +64,11 @@ class GenerateRequest(_message.Message):
         priority: _builtins.int = ...,
         policy: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
+        session_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "chat", b"chat", "model", b"model", "policy", b"policy", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "chat", b"chat", "model", b"model", "policy", b"policy", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015
@@ -88,6 +92,8 @@ class Candidate(_message.Message):
     PREFILL_S_FIELD_NUMBER: _builtins.int
     DECODE_S_FIELD_NUMBER: _builtins.int
     PREDICTED_TTFT_S_FIELD_NUMBER: _builtins.int
+    MEMORY_S_FIELD_NUMBER: _builtins.int
+    SCORE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     cached_tokens: _builtins.int
     """of the prompt, by the router's tree"""
@@ -102,7 +108,11 @@ class Candidate(_message.Message):
     prefill_s: _builtins.float
     decode_s: _builtins.float
     predicted_ttft_s: _builtins.float
-    """the sum of the three"""
+    """the larger of queue_s and memory_s, and the two others"""
+    memory_s: _builtins.float
+    """until there is room for the prompt's blocks"""
+    score: _builtins.float
+    """by the policy: the least wins; infinite where there is no room"""
     def __init__(
         self,
         *,
@@ -116,10 +126,12 @@ class Candidate(_message.Message):
         prefill_s: _builtins.float = ...,
         decode_s: _builtins.float = ...,
         predicted_ttft_s: _builtins.float = ...,
+        memory_s: _builtins.float = ...,
+        score: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_s", b"decode_s", "free_blocks", b"free_blocks", "predicted_ttft_s", b"predicted_ttft_s", "prefill_s", b"prefill_s", "prefill_tokens", b"prefill_tokens", "queue_s", b"queue_s", "queued_prefill_tokens", b"queued_prefill_tokens", "running", b"running", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_s", b"decode_s", "free_blocks", b"free_blocks", "memory_s", b"memory_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill_s", b"prefill_s", "prefill_tokens", b"prefill_tokens", "queue_s", b"queue_s", "queued_prefill_tokens", b"queued_prefill_tokens", "running", b"running", "score", b"score", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -136,6 +148,7 @@ class Decision(_message.Message):
     CANDIDATES_FIELD_NUMBER: _builtins.int
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     OBSERVED_FIELD_NUMBER: _builtins.int
+    HELD_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     policy: _builtins.str
     reason: _builtins.str
@@ -145,6 +158,8 @@ class Decision(_message.Message):
     """In answers to Explain only.
     of the prompt's full blocks, little-endian uint64
     """
+    held_s: _builtins.float
+    """how long the router kept the request back"""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """the chosen one first"""
@@ -163,10 +178,11 @@ class Decision(_message.Message):
         candidates: _abc.Iterable[Global___Candidate] | None = ...,
         block_hashes: _builtins.bytes = ...,
         observed: _abc.Iterable[Global___Overlap] | None = ...,
+        held_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "candidates", b"candidates", "observed", b"observed", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "candidates", b"candidates", "held_s", b"held_s", "observed", b"observed", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -1,0 +1,1 @@
+"""A fleet in virtual time: real routers, schedulers, block pools, event logs and cursors; trace replay."""

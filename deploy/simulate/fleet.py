@@ -1,0 +1,327 @@
+"""The event loop of a simulated fleet: routers and workers in virtual time, and what passes between them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from heapq import heappop, heappush
+from random import Random
+
+import numpy as np
+
+from deploy.traces.trace import Trace
+from kv_events.bus import Resync
+from kv_events.events import EventBatch, Snapshot
+from kv_events.log import DEFAULT_CAPACITY
+from kv_events.view import WorkerView
+from radix.keys import Hashes
+from rhizome.errors import Overloaded, RhizomeError
+from router.core import Router, RouteRequest
+from router.decision import Decision
+from router.fleet import ModelCard, WorkerInfo, WorkerReport
+from worker.engine import EngineStatus
+from worker.scheduler import SchedulerConfig
+from worker.simulated import SimulatedWorker
+from worker.step_time import Hardware
+
+LEASE_S = 1e9  # nobody dies in a simulation
+MAX_REPLAYED = DEFAULT_CAPACITY  # batches: all that a log keeps
+
+
+@dataclass(frozen=True, slots=True)
+class Network:
+    """What lies between routers and workers. Times in seconds."""
+
+    delay_s: float = 0.0005  # of a request, and of an answer's token
+    event_delay_s: float = 0.002  # of a batch of KV events
+    event_loss: float = 0.0  # share of batches that do not come: found by the gap, and replayed
+    report_interval_s: float = 0.5
+
+
+@dataclass(slots=True)
+class Outcome:
+    """What became of a request. Times are virtual seconds from the start; NaN for what did not happen."""
+
+    arrived_at: float
+    prompt_tokens: int
+    output_tokens: int
+    worker: int = -1
+    routed_at: float = np.nan
+    first_token_at: float = np.nan
+    finished_at: float = np.nan
+    cached_tokens: int = 0
+    predicted_ttft_s: float = np.nan
+    refused: bool = False
+
+
+@dataclass(slots=True)
+class _Replica:
+    """One router, and whether it is to look at what it holds again."""
+
+    router: Router
+    waking: bool = False
+
+
+class Fleet:
+    """Replays a trace on `workers` equal workers behind `routers` routers. The same seed gives the same outcomes."""
+
+    def __init__(
+        self,
+        trace: Trace,
+        hardware: Hardware,
+        *,
+        workers: int,
+        policy: str,
+        routers: int = 1,
+        network: Network | None = None,
+        seed: int = 0,
+        max_waiting: int = 4096,
+        validate: bool = False,
+    ) -> None:
+        self.trace = trace
+        self.outcomes = [Outcome(r.arrival_s, r.input_tokens, r.output_tokens) for r in trace.requests]
+        self.workers: list[SimulatedWorker] = []
+        self.now = 0.0
+        self._network = network or Network()
+        self._random = Random(seed)  # noqa: S311 - which batches are lost
+        self._events: list[tuple[float, int, Callable[[], None]]] = []
+        self._serial = 0
+        self._ends: list[int] = []  # by worker: serial of the event that ends the step under way
+        self._left = len(trace.requests)
+        block_size = trace.block_size
+        longest = max((r.input_tokens + r.output_tokens for r in trace.requests), default=1)
+        config = SchedulerConfig(
+            num_blocks=hardware.kv_tokens // block_size,
+            block_size=block_size,
+            max_model_len=max(1, min(longest, hardware.kv_tokens // block_size * block_size)),
+            max_batched_tokens=hardware.max_batched_tokens,
+            max_running=hardware.max_running,
+            max_waiting=max_waiting,
+        )
+        self._config = config
+        card = ModelCard("simulated", config.max_model_len, 1 << 20, block_size, "")
+        self._replicas = [_Replica(Router(policy=policy, lease_s=LEASE_S, validate=validate)) for _ in range(routers)]
+        for number in range(workers):
+            name = f"worker-{number}"
+            self.workers.append(SimulatedWorker(name, config, hardware.steps))
+            self._ends.append(-1)
+            info = WorkerInfo(
+                name,
+                1,
+                f"{name}:1",
+                card,
+                config.num_blocks,
+                config.max_running,
+                max_waiting,
+                config.max_batched_tokens,
+            )
+            for replica in self._replicas:
+                replica.router.register(info, 0.0)
+                replica.router.set_ready(name, 1)
+            self.workers[number].log.subscribe(partial(self._on_append, number))
+            self._at(self._network.report_interval_s * (number + 1) / workers, partial(self._report, number))
+        self._published = [0] * workers
+        self._hashes = [_hashes(request.block_ids[: request.input_tokens // block_size]) for request in trace.requests]
+
+    def run(self, until: Callable[[int], None] | None = None) -> None:
+        """Until every request has ended; `until` is told now and then how many have."""
+        self._arrive(0)
+        told = 0
+        while self._left:
+            self.now, _, act = heappop(self._events)
+            act()
+            ended = len(self.outcomes) - self._left
+            if until is not None and ended >= told + 100:
+                told = ended
+                until(ended)
+
+    def _at(self, time: float, act: Callable[[], None]) -> int:
+        self._serial += 1
+        heappush(self._events, (time, self._serial, act))
+        return self._serial
+
+    # Requests.
+
+    def _arrive(self, number: int) -> None:
+        if number == len(self.outcomes):
+            return
+        self._at(self.outcomes[number].arrived_at, lambda: self._route(number))
+
+    def _route(self, number: int) -> None:
+        self._arrive(number + 1)
+        outcome, hashes = self.outcomes[number], self._hashes[number]
+        traced = self.trace.requests[number]
+        if outcome.prompt_tokens + outcome.output_tokens > self._config.max_model_len:
+            self._refuse(number)
+            return
+        replica = self._replicas[number % len(self._replicas)]
+        request = RouteRequest(
+            str(number), "simulated", outcome.prompt_tokens, hashes, session=traced.session, priority=traced.priority
+        )
+        try:
+            decision = replica.router.submit(request, self.now)
+        except RhizomeError:
+            self._refuse(number)
+            return
+        if decision is not None:
+            self._send(number, decision)
+        else:
+            self._dispatch(replica)
+
+    def _dispatch(self, replica: _Replica) -> None:
+        if not replica.router.held:
+            return
+        for request_id, decision in replica.router.dispatch(self.now):
+            if isinstance(decision, Decision):
+                self._send(int(request_id), decision)
+            else:
+                self._refuse(int(request_id))
+        if replica.router.held and not replica.waking:
+            replica.waking = True
+            self._at(self.now + 0.05, lambda: self._wake(replica))
+
+    def _wake(self, replica: _Replica) -> None:
+        replica.waking = False
+        self._dispatch(replica)
+
+    def _send(self, number: int, decision: Decision) -> None:
+        outcome = self.outcomes[number]
+        outcome.routed_at = self.now
+        outcome.predicted_ttft_s = decision.predicted_ttft_s + decision.held_s
+        outcome.worker = int(decision.worker_id.removeprefix("worker-"))
+        self._at(self.now + self._network.delay_s, lambda: self._accept(number))
+
+    def _refuse(self, number: int) -> None:
+        self.outcomes[number].refused = True
+        self._left -= 1
+
+    def _accept(self, number: int) -> None:
+        outcome = self.outcomes[number]
+        worker = self.workers[outcome.worker]
+        try:
+            worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, self._hashes[number].tolist())
+        except Overloaded:
+            self._replica_of(number).router.finish(str(number), self.now)
+            self._refuse(number)
+            return
+        if not worker.busy:
+            self._begin(outcome.worker)
+        elif (ends_at := worker.interrupt(self.now)) is not None:
+            self._end_at(outcome.worker, ends_at)
+
+    def _replica_of(self, number: int) -> _Replica:
+        return self._replicas[number % len(self._replicas)]
+
+    # Steps.
+
+    def _begin(self, number: int) -> None:
+        ends_at = self.workers[number].begin(self.now)
+        if ends_at is not None:
+            self._end_at(number, ends_at)
+
+    def _end_at(self, number: int, time: float) -> None:
+        serial = self._serial + 1
+        self._ends[number] = self._at(time, lambda: self._end(number, serial))
+
+    def _end(self, number: int, serial: int) -> None:
+        if self._ends[number] != serial:
+            return  # interrupted: it ends at another time
+        worker = self.workers[number]
+        progress = worker.end(self.now)
+        for name in progress.prefilled:
+            self.outcomes[int(name)].first_token_at = self.now + self._network.delay_s
+        for name in progress.finished:
+            self.outcomes[int(name)].finished_at = self.now + self._network.delay_s
+            self._left -= 1
+        if progress.prefilled or progress.finished:
+            self._at(self.now + self._network.delay_s, lambda: self._hear(progress.prefilled, progress.finished))
+        self._begin(number)
+
+    def _hear(self, prefilled: Sequence[str], finished: Sequence[str]) -> None:
+        """Tokens pass through the router that routed the request."""
+        changed: dict[int, _Replica] = {}
+        for name in prefilled:
+            replica = self._replica_of(int(name))
+            replica.router.first_token(name, self.now)
+            changed[id(replica)] = replica
+        for name in finished:
+            replica = self._replica_of(int(name))
+            replica.router.finish(name, self.now)
+            changed[id(replica)] = replica
+        for replica in changed.values():
+            self._dispatch(replica)
+
+    # What workers say.
+
+    def _report(self, number: int) -> None:
+        report = _report_of(self.workers[number].status())
+        self._at(self.now + self._network.delay_s, lambda: self._heartbeat(number, report))
+        self._at(self.now + self._network.report_interval_s, lambda: self._report(number))
+
+    def _heartbeat(self, number: int, report: WorkerReport) -> None:
+        for replica in self._replicas:
+            replica.router.heartbeat(f"worker-{number}", 1, report, self.now)
+            self._dispatch(replica)
+
+    def _on_append(self, number: int) -> None:
+        log = self.workers[number].log
+        entries = log.read(self._published[number], 1)
+        self._published[number] += 1
+        for replica in self._replicas:
+            if self._network.event_loss and self._random.random() < self._network.event_loss:
+                continue
+            deliver = partial(self._deliver, replica, number, entries[0].batch)
+            self._at(self.now + self._network.event_delay_s, deliver)
+
+    def _deliver(self, replica: _Replica, number: int, batch: EventBatch) -> None:
+        view = replica.router.view(f"worker-{number}")
+        needed = view.offer(batch)
+        if needed is Resync.REPLAY:
+            missing = [entry.batch for entry in self.workers[number].log.read(view.position()[1], MAX_REPLAYED)]
+            self._at(self.now + 2 * self._network.event_delay_s, partial(_replay, view, missing))
+        elif needed is Resync.SNAPSHOT:
+            snapshot = self.workers[number].log.snapshot()
+            self._at(self.now + 2 * self._network.event_delay_s, partial(_restore, view, snapshot))
+
+
+def _replay(view: WorkerView, missing: Sequence[EventBatch]) -> None:
+    for batch in missing:
+        view.offer(batch)
+
+
+def _restore(view: WorkerView, snapshot: Snapshot) -> None:
+    view.restore(snapshot)
+
+
+def _hashes(block_ids: Sequence[int]) -> Hashes:
+    """Block hashes of a trace's ids: as spread out as real ones (splitmix64), and never 0."""
+    values = np.array(block_ids, np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+    values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return values ^ (values >> np.uint64(31))
+
+
+def _report_of(status: EngineStatus) -> WorkerReport:
+    times = status.times
+    return WorkerReport(
+        running=status.running,
+        waiting=status.waiting,
+        blocks_total=status.blocks_total,
+        blocks_in_use=status.blocks_in_use,
+        blocks_cached=status.blocks_cached,
+        prefill_tokens_outstanding=status.prefill_tokens_outstanding,
+        prefill_steps=times.prefill_steps,
+        prefill_tokens=times.prefill_tokens,
+        prefill_s=times.prefill_s,
+        decode_steps=times.decode_steps,
+        decode_tokens=times.decode_tokens,
+        decode_s=times.decode_s,
+        preemptions=status.preemptions,
+        prompt_tokens=status.prompt_tokens,
+        cached_prompt_tokens=status.cached_prompt_tokens,
+        prefill_attention=times.prefill_attention,
+        prefill_decodes=times.prefill_decodes,
+        prefill_context=times.prefill_context,
+        decode_context=times.decode_context,
+    )

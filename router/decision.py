@@ -1,0 +1,96 @@
+"""Decision: where a request goes, and why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+
+from router.candidates import Candidate, Candidates
+from router.table import Floats
+
+
+@dataclass(frozen=True, slots=True)
+class Overlap:
+    """What a worker that gets no requests holds of a prompt."""
+
+    worker_id: str
+    cached_tokens: int
+
+
+class Explanation(Protocol):
+    """Why, for people; made when it is asked for."""
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]: ...
+    @property
+    def reason(self) -> str: ...
+
+
+@dataclass(frozen=True, slots=True)
+class NobodyChosen:
+    """Why no worker could be."""
+
+    reason: str
+    candidates: tuple[Candidate, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Comparison:
+    """All candidates of a choice with their scores."""
+
+    rows: Candidates
+    scores: Floats  # (workers,); the least won, infinite where there was no room
+    chosen: int  # row
+    tied: bool  # others scored as well
+    names: Sequence[str]  # by slot
+    unit: str
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The chosen one, then the others, best first."""
+        others = [row for row in np.argsort(self.scores, kind="stable").tolist() if row != self.chosen]
+        return tuple(self.rows.row(row, self.names, self.scores) for row in (self.chosen, *others))
+
+    @property
+    def reason(self) -> str:
+        """A sentence."""
+        chosen, *others = self.candidates
+        others = [other for other in others if other.score < np.inf]
+        told = f"{chosen.worker_id}: {chosen.predicted_ttft_s:.3f} s predicted, {chosen.cached_tokens} of "
+        told += f"{self.rows.prompt_tokens} prompt tokens cached; score {chosen.score:.4g}{self.unit}, "
+        if not others:
+            return told + "no other worker can take it"
+        nearest = f"{others[0].worker_id}: {others[0].score:.4g}{self.unit}"
+        if not self.tied:
+            return told + f"next best {nearest}"
+        return told + f"within a tie ({nearest}): most free blocks, fewest in flight, not chosen for the longest"
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """Where a request goes, why, and what the other candidates would have meant."""
+
+    request_id: str
+    worker_id: str
+    epoch: int
+    address: str
+    policy: str
+    prompt_tokens: int
+    cached_tokens: int
+    predicted_ttft_s: float
+    held_s: float  # how long the router kept it back
+    explanation: Explanation
+    observed: tuple[Overlap, ...] = ()
+
+    @property
+    def reason(self) -> str:
+        """A sentence for people."""
+        return self.explanation.reason
+
+    @property
+    def candidates(self) -> tuple[Candidate, ...]:
+        """The chosen one is the first."""
+        return self.explanation.candidates

@@ -1,0 +1,214 @@
+"""A worker in virtual time: the real scheduler, block pool, prefix cache and event log, and a model of step times."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as AnySequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import numpy as np
+
+from kv_events.log import EventLog
+from radix.hashing import SALT_BYTES, BlockHasher
+from radix.keys import BlockKeys
+from worker.engine import EngineStatus, StepTimes
+from worker.plan import SamplingParams
+from worker.prefix_cache import CachedBlock
+from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
+from worker.sequence import EngineRequest, Sequence
+from worker.step_time import StepTimeModel
+
+_NO_KEYS: BlockKeys = np.empty((0, 2), np.uint64)
+_PARAMS = SamplingParams(max_tokens=1)
+
+
+class TokenCount:
+    """Tokens of which only the number is known."""
+
+    __slots__ = ("count",)
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, part: slice, /) -> AnySequence[int]:
+        return range(*part.indices(self.count))
+
+    def append(self, _: int, /) -> None:
+        """One more, whichever."""
+        self.count += 1
+
+
+@dataclass(slots=True, eq=False)
+class SimulatedSequence(Sequence):
+    """A sequence whose prompt's blocks are known by their hashes alone. What it generates is found by nobody: a later
+    turn's prompt names it anew."""
+
+    last: int = 1  # tokens of prompt and answer: with them it ends
+
+    def contents(self, count: int) -> list[CachedBlock]:
+        """See Sequence."""
+        return self._contents[:count]
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """What a step brought, by request id."""
+
+    prefilled: tuple[str, ...] = ()  # the first token came
+    finished: tuple[str, ...] = ()
+
+
+class SimulatedWorker:
+    """Requests in, progress out, in virtual time; cache changes go to the event log as in an engine.
+
+    A step starts with `begin` and is over with `end`, at the time that `begin` told. Decode steps that differ in
+    nothing but the length of their contexts are taken in one leap; when a request comes, `interrupt` ends it with the
+    step that is being computed then.
+    """
+
+    def __init__(self, worker_id: str, config: SchedulerConfig, model: StepTimeModel, *, epoch: int = 1) -> None:
+        self.scheduler = Scheduler(config)
+        self.log = EventLog(worker_id, epoch, config.block_size)
+        self._model = model
+        self._hasher = BlockHasher(config.block_size, bytes(SALT_BYTES))
+        self._arrivals = 0
+        self._times = StepTimes()
+        self._step: list[Scheduled] = []  # under way; empty between steps
+        self._began_at = 0.0
+        self._leap = 1  # steps under way at once
+        self._chunks: list[tuple[int, int]] = []  # of the step under way: (start, new tokens)
+        self._decoding = 0  # sequences of the step under way, and tokens of their contexts before it
+        self._context = 0
+
+    @property
+    def busy(self) -> bool:
+        """Whether a step is under way."""
+        return bool(self._step)
+
+    def add(
+        self, request_id: str, prompt_tokens: int, output_tokens: int, block_hashes: AnySequence[int], priority: int = 0
+    ) -> None:
+        """Queue a request. `block_hashes` of its prompt's full blocks name each block with all before it.
+
+        Raises like Scheduler.add.
+        """
+        contents: list[CachedBlock] = []
+        for block_hash in block_hashes:
+            contents.append(CachedBlock(block_hash.to_bytes(8, "little"), b"", contents[-1] if contents else None))
+        request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
+        tokens = TokenCount(prompt_tokens)
+        last = prompt_tokens + output_tokens
+        self.scheduler.add(SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last))
+        self._arrivals += 1
+
+    def begin(self, now: float) -> float | None:
+        """Start the next step; returns when it is over, None where there is nothing to do."""
+        assert not self._step, "a step is under way"
+        preemptions = self.scheduler.preemptions
+        self._step = self.scheduler.schedule()
+        self._publish(now)
+        if not self._step:
+            return None
+        self._began_at = now
+        self._chunks = [(entry.sequence.computed, entry.num_tokens) for entry in self._step if entry.num_tokens > 1]
+        contexts = [entry.sequence.computed for entry in self._step if entry.num_tokens == 1]
+        self._decoding, self._context = len(contexts), sum(contexts)
+        steady = not self._chunks and preemptions == self.scheduler.preemptions
+        self._leap = min(map(self._steps_alike, self._step)) if steady else 1
+        return self._ends_at()
+
+    def interrupt(self, now: float) -> float | None:
+        """A request came: a leap ends with the step that is computed now. Returns when that is, None for no change."""
+        if self._leap == 1:
+            return None
+        low, high = 0, self._leap - 1  # steps that are over by now: the largest number that fits
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._began_at + self._model.decode_s(self._decoding, self._context, middle) <= now:
+                low = middle
+            else:
+                high = middle - 1
+        if low + 1 == self._leap:
+            return None
+        self._leap = low + 1
+        return self._ends_at()
+
+    def end(self, now: float) -> Progress:
+        """The step, or leap, under way is over."""
+        step, self._step = self._step, []
+        prefilled: list[str] = []
+        finished: list[str] = []
+        leap = self._leap
+        for entry in step:
+            sequence = cast(SimulatedSequence, entry.sequence)
+            tokens = cast(TokenCount, sequence.tokens)
+            if sequence.computed < sequence.prompt_len:
+                self.scheduler.computed(entry)
+                if sequence.computed < tokens.count:
+                    continue  # not through its prompt, or computed again after a preemption
+                if tokens.count == sequence.prompt_len:
+                    prefilled.append(sequence.request.request_id)
+            else:
+                sequence.computed += entry.num_tokens + leap - 1
+                if sequence.computed < tokens.count:
+                    continue
+            tokens.count += leap
+            if tokens.count >= sequence.last:
+                self.scheduler.remove(sequence)
+                finished.append(sequence.request.request_id)
+        self._count(now - self._began_at)
+        self._publish(now)
+        return Progress(tuple(prefilled), tuple(finished))
+
+    def status(self) -> EngineStatus:
+        """As of the end of the last step, as an engine reports it."""
+        scheduler, pool = self.scheduler, self.scheduler.cache.pool
+        return EngineStatus(
+            running=len(scheduler.running),
+            waiting=len(scheduler.waiting),
+            blocks_total=pool.num_blocks,
+            blocks_in_use=pool.in_use,
+            blocks_cached=pool.idle,
+            prefill_tokens_outstanding=sum(
+                s.prefill_outstanding for s in (*scheduler.running, *scheduler.waiting) if s.computed < s.prompt_len
+            ),
+            times=replace(self._times),
+            preemptions=scheduler.preemptions,
+            prompt_tokens=scheduler.prompt_tokens,
+            cached_prompt_tokens=scheduler.cached_prompt_tokens,
+        )
+
+    def _steps_alike(self, entry: Scheduled) -> int:
+        """Decode steps until this sequence ends or needs a block."""
+        sequence = cast(SimulatedSequence, entry.sequence)
+        room = len(sequence.blocks) * self.scheduler.config.block_size
+        return max(1, min(sequence.last, room) - sequence.computed)
+
+    def _ends_at(self) -> float:
+        if self._chunks:
+            return self._began_at + self._model.step_s(self._decoding, self._context, self._chunks)
+        return self._began_at + self._model.decode_s(self._decoding, self._context, self._leap)
+
+    def _publish(self, now: float) -> None:
+        events = self.scheduler.cache.take_events()
+        if events:
+            self.log.append(events, now)
+
+    def _count(self, seconds: float) -> None:
+        times, steps, decoding = self._times, self._leap, self._decoding
+        context = steps * self._context + decoding * steps * (steps + 1) // 2
+        if self._chunks:
+            times.prefill_steps += 1
+            times.prefill_tokens += sum(new for _, new in self._chunks)
+            times.prefill_attention += sum(new * (start + new / 2) for start, new in self._chunks)
+            times.prefill_decodes += decoding
+            times.prefill_context += context
+            times.prefill_s += seconds
+        else:
+            times.decode_steps += steps
+            times.decode_tokens += steps * decoding
+            times.decode_context += context
+            times.decode_s += seconds
