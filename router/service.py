@@ -6,7 +6,8 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
 from typing import NoReturn
 
 import grpc
@@ -365,6 +366,7 @@ async def running_router(
     Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use, caps of the
     index out of range, `observe` that is not NAME=URL. With `secret` only workers that sign their registration join.
     Servers to observe are indexed and get no requests. `validate` checks the core's invariants all the time, for tests.
+    What is streamed is recorded to the new file record_trace.
     """
     rpc.check_bind_host(host, insecure=insecure)
     for field, cap in (("max_blocks", max_blocks), ("max_blocks_per_worker", max_blocks_per_worker)):
@@ -380,10 +382,12 @@ async def running_router(
     )
     links = Links(router)
     dispatcher = Dispatcher(router)
+    recording = ExitStack()
+    recorder = recording.enter_context(recording_trace(record_trace, time.monotonic()))
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     server.add_generic_rpc_handlers(
         _handlers(
-            RouterService(router, links, dispatcher, observed, secret),
+            RouterService(router, links, dispatcher, observed, secret, recorder),
             FleetService(router, links, dispatcher, observed, secret),
         )
     )
@@ -397,4 +401,5 @@ async def running_router(
     finally:
         expiry.cancel()
         await asyncio.gather(expiry, return_exceptions=True)
-        await links.close()  # last: answers under way end within the server's grace
+        await links.close()  # answers under way end within the server's grace
+        recording.close()

@@ -60,12 +60,14 @@ def test_ids_tell_nothing_about_the_hashes() -> None:
 
 
 def test_an_answer_that_was_cut_counts_its_pieces() -> None:
-    """The first piece alone told of its tokens; nothing delivered is nothing."""
+    """The first piece alone told of its tokens; nothing delivered is nothing, and what is no message is a piece."""
     cut = request(0, [1])
     assert cut.output_tokens() == 0
     for piece in (chunk(1), chunk(), chunk()):
         cut.delivered(piece)
     assert cut.output_tokens() == 3
+    cut.delivered(b"\xff no message")
+    assert cut.output_tokens() == 4
 
 
 def test_size_is_bounded_and_lines_stay_whole() -> None:
