@@ -110,6 +110,14 @@ def router(
             "vllm-0=zmq://127.0.0.1:5557?model=MODEL&block_size=16; may be repeated"
         ),
     ] = [],  # noqa: B006
+    record_trace: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE",
+            help="write down when each streamed request came, its lengths and shared prefixes, for rhizome trace; "
+            "a new file, up to 1 GiB",
+        ),
+    ] = None,
     insecure: Insecure = False,
     supervised: Supervised = False,
 ) -> None:
@@ -118,8 +126,12 @@ def router(
     from rhizome.ticket import fleet_secret
     from router.service import running_router
 
-    caps = {"max_blocks": max_blocks, "max_blocks_per_worker": max_blocks_per_worker}
-    given: dict[str, Any] = {name: value for name, value in caps.items() if value is not None}
+    optional = {
+        "max_blocks": max_blocks,
+        "max_blocks_per_worker": max_blocks_per_worker,
+        "record_trace": record_trace,
+    }
+    given: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
     serving = running_router(
         host, port, policy=policy, secret=fleet_secret(), observe=observe, insecure=insecure, **given
     )
