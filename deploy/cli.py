@@ -235,6 +235,39 @@ def demo(
 
 
 @app.command()
+def calibrate(
+    out: Annotated[Path, typer.Option("--out", help="the hardware file to write, for --hardware")],
+    router: RouterAddress = "127.0.0.1:7700",
+    worker: Annotated[str | None, typer.Option(help="host:port of a worker [default: the router's]")] = None,
+    worker_id: Annotated[
+        str | None, typer.Option("--id", help="which of the router's workers, where it has several")
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="of the hardware [default: the file's name]")] = None,
+    longest: Annotated[int, typer.Option(help="longest prompt to measure, tokens")] = 16_384,
+    max_batch: Annotated[int, typer.Option(help="most answers at once to measure")] = 32,
+    max_running: Annotated[int, typer.Option(help="the worker's own limit, to be written into the file")] = 64,
+    rounds: Annotated[int, typer.Option(help="measurements of each kind; the median counts")] = 3,
+    force: Annotated[bool, typer.Option("--force", help="write the file however large the error is")] = False,
+) -> None:
+    """Measure an idle worker and write a hardware file from which simulations know its step times."""
+    from deploy.calibrate import Effort, run_calibrate
+
+    effort = Effort(longest=longest, max_batch=max_batch, rounds=rounds)
+    running = run_calibrate(
+        out,
+        router=router,
+        worker=worker,
+        worker_id=worker_id,
+        name=name,
+        effort=effort,
+        max_running=max_running,
+        force=force,
+        say=lambda text: typer.echo(text, err=True),
+    )
+    typer.echo(asyncio.run(running))
+
+
+@app.command()
 def doctor(
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:

@@ -254,7 +254,7 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         EventLog(settings.worker_id, epoch, settings.block_size, EVENT_BATCHES_KEPT),
         new_decoder=tokenizer.detokenizer,
         eos_token_ids=model.eos_token_ids,
-        clock=time.monotonic,
+        clock=model.clock,
         wall_clock=time.time,
         validate=settings.validate,
     )

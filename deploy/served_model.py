@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -31,6 +33,7 @@ class ServedModel:
     tokenizer_files: dict[str, bytes]
     vocab_size: int
     eos_token_ids: frozenset[int]
+    clock: Callable[[], float] = time.monotonic  # measures steps
 
 
 def chosen_hardware(
@@ -85,7 +88,8 @@ def simulated_model(settings: WorkerSettings, hardware: Hardware) -> ServedModel
     )
     block_load_s = hardware.host_token_s * settings.block_size
     runner = SimulatedRunner(hardware.steps, block_load_s=block_load_s, time_scale=settings.time_scale)
-    return ServedModel(config, runner, byte_tokenizer_files(LONGEST), VOCAB_SIZE, frozenset({EOS, END}))
+    files = byte_tokenizer_files(LONGEST)
+    return ServedModel(config, runner, files, VOCAB_SIZE, frozenset({EOS, END}), clock=runner.busy_s)
 
 
 def torch_model(settings: WorkerSettings, directory: Path) -> ServedModel:

@@ -37,6 +37,7 @@ class SimulatedRunner:
         self._clock = clock
         self._sleep = sleep
         self._due = 0.0  # when the last step should have ended; later if it was late
+        self._busy_s = 0.0
         self._goes_on = False  # the last step left a prompt half-way, so the next one follows at once
 
     def run(self, plan: StepPlan) -> list[list[SampledToken]]:
@@ -51,12 +52,21 @@ class SimulatedRunner:
         self._goes_on = any(not chunk.samples for chunk in plan.chunks)
         tokens = [[_token(wanted) for wanted in chunk.samples] for chunk in plan.chunks]
         seconds = step_seconds(self._steps, plan) + self._block_load_s * len(plan.loads)
-        due = (self._due if busy else began) + seconds / self._scale
+        start = self._due if busy else began
+        due = start + seconds / self._scale
         left = due - self._clock()
         if left > 0:
             self._sleep(left)
         self._due = due if left > 0 else self._clock()
+        self._busy_s += self._due - start
         return tokens
+
+    def busy_s(self) -> float:
+        """Seconds of all steps so far, from end to end where they follow each other: the engine's clock.
+
+        So a step is reported to take what the model says, or what it took where that is more.
+        """
+        return self._busy_s
 
 
 def step_seconds(steps: StepTimeModel, plan: StepPlan) -> float:

@@ -58,7 +58,7 @@ class StepFit:
 
     model: StepTimeModel
     terms: tuple[TermFit, ...]
-    error_p50: float  # relative, over the measurements that were not fitted
+    error_p50: float  # relative, over what was not fitted; of prefill or of decode steps, whichever is worse
     error_p90: float
 
 
@@ -79,10 +79,11 @@ def fit_steps(fitted: Sequence[Work], held_out: Sequence[Work]) -> StepFit:
         TermFit(name, float(value), float(share.max()), *_quantiles(errors[share >= SEEN]))
         for name, value, share in zip(TERMS, values, shares.T, strict=True)
     )
-    p50, p90 = _quantiles(np.abs(unseen_work @ values / unseen_seconds - 1))
-    assert p50 is not None
-    assert p90 is not None
-    return StepFit(StepTimeModel(**dict(zip(TERMS, values.tolist(), strict=True))), terms, p50, p90)
+    errors = np.abs(unseen_work @ values / unseen_seconds - 1)
+    prefill = unseen_work[:, 0] > 0
+    p50, p90 = np.max([np.quantile(errors[kind], (0.5, 0.9)) for kind in (prefill, ~prefill) if kind.any()], axis=0)
+    model = StepTimeModel(**dict(zip(TERMS, values.tolist(), strict=True)))
+    return StepFit(model, terms, float(p50), float(p90))
 
 
 def non_negative_least_squares(matrix: Matrix, target: Matrix) -> Matrix:

@@ -74,7 +74,9 @@ def test_what_python_takes_between_busy_steps_is_not_added() -> None:
     for plan in plans:
         simulated.run(plan)
         clock.now += 0.03  # commits, events, scheduling
-    assert clock.now == pytest.approx(100 + sum(step_seconds(STEPS, plan) for plan in plans) + 0.03)
+    modelled = sum(step_seconds(STEPS, plan) for plan in plans)
+    assert clock.now == pytest.approx(100 + modelled + 0.03)
+    assert simulated.busy_s() == pytest.approx(modelled)
 
 
 def test_idle_time_is_no_credit() -> None:
@@ -101,6 +103,7 @@ def test_a_late_step_is_not_caught_up() -> None:
     late = clock.now
     simulated.run(StepPlan((decode(10),)))
     assert clock.now == pytest.approx(late + seconds)
+    assert simulated.busy_s() == pytest.approx(clock.now - 100), "all the time that it took"
 
 
 def test_tokens_are_letters_and_the_same_each_time() -> None:
