@@ -28,7 +28,9 @@ def refused(*arguments: str) -> str:
     return line
 
 
-@pytest.mark.parametrize("command", ["", "up", "router", "worker", "chat", "demo", "doctor", "model", "model tiny"])
+@pytest.mark.parametrize(
+    "command", ["", "up", "router", "worker", "chat", "demo", "calibrate", "doctor", "model", "model tiny"]
+)
 def test_every_command_explains_itself(command: str) -> None:
     """--help works everywhere and needs neither torch nor a running cluster."""
     done = rhizome(*command.split(), "--help")
