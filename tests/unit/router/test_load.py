@@ -8,6 +8,7 @@ from rhizome.errors import Duplicate, Overloaded
 from router import load as load_module
 from router.fleet import WorkerReport
 from router.load import SILENCE_LIMIT_S, Load, Reservation
+from router.table import Column, WorkerTable
 
 
 def reserve(
@@ -19,23 +20,33 @@ def reserve(
             worker_id=worker,
             prefill_tokens=tokens,
             blocks=tokens // 10,
+            prompt_tokens=tokens,
             sequences=1,
             predicted_ttft_s=0.1,
             routed_at=now,
+            tokens_s=tokens / 1000,
+            prefill_s=tokens / 1000 + 0.01,
             streamed=streamed,
         )
     )
 
 
 def make_load(*workers: str) -> Load:
-    load = Load()
-    for worker in workers or ("w",):
-        load.add_worker(worker)
+    load = Load(WorkerTable())
+    for slot, worker in enumerate(workers or ("w",)):
+        load._table.add(slot)
+        load.add_worker(worker, slot)
     return load
 
 
 def left(load: Load) -> dict[str, int]:
     return {name: request.prefill_tokens for name, request in load.of("w").reservations.items()}
+
+
+def columns(load: Load, worker: str = "w") -> dict[str, float]:
+    """What decisions would read of a worker."""
+    values = load._table.values[:, load.of(worker).slot]
+    return {column.name.lower(): float(values[column]) for column in Column}
 
 
 def test_a_request_counts_from_the_decision_to_its_end() -> None:
@@ -48,8 +59,8 @@ def test_a_request_counts_from_the_decision_to_its_end() -> None:
     assert load.prefilled("a", 1.0) is not None
     assert load.prefilled("a", 1.0) is None
     assert (state.queued_prefill_tokens, state.sequences, state.decoding) == (50, 2, 1)
-    assert load.release("a") is not None
-    assert load.release("a") is None
+    assert load.release("a", 9.0) is not None
+    assert load.release("a", 9.0) is None
     assert (state.queued_prefill_tokens, state.sequences, state.decoding, state.pending_blocks) == (50, 1, 0, 5)
     load.check(["w"])
 
@@ -95,7 +106,7 @@ def test_blocks_are_pending_until_a_report_counts_them() -> None:
     assert load.of("w").pending_blocks == 10
     load.report("w", WorkerReport(blocks_in_use=11), 1.0)
     assert load.of("w").pending_blocks == 0
-    load.release("a")
+    load.release("a", 9.0)
     load.check(["w"])
 
 
@@ -135,12 +146,12 @@ def test_a_dropped_worker_takes_its_load_along_and_a_stream_keeps_its_id() -> No
     reserve(load, "direct", streamed=False)
     load.drop_worker("w")
     assert ("streamed" in load, "direct" in load) == (True, False)
-    load.add_worker("w")
+    load.add_worker("w", 0)
     with pytest.raises(Duplicate):
         reserve(load, "streamed")
     assert load.of("w").sequences == 0
     load.prefilled("streamed", 1.0)
-    load.release("streamed")
+    load.release("streamed", 9.0)
     assert load.of("w").sequences == 0
     assert len(load) == 0
     load.check(["w"])

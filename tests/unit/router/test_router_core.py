@@ -64,7 +64,7 @@ def test_the_holder_is_chosen_and_every_term_is_shown() -> None:
     assert chosen.predicted_ttft_s == chosen.queue_s + chosen.prefill_s + chosen.decode_s
     assert decision.reason == (
         f"w1: {chosen.predicted_ttft_s:.3f} s predicted, 64 of 100 prompt tokens cached; "
-        f"next best w0: {other.predicted_ttft_s:.3f} s"
+        f"score {chosen.score:.4g} s, next best w0: {other.score:.4g} s"
     )
 
 
@@ -74,10 +74,10 @@ def test_observed_workers_are_explained_and_get_no_requests() -> None:
     router.observe("vllm-0", "zmq://h:1")
     router.observe("vllm-1", "zmq://h:3")
     hold(router, "vllm-0", PROMPT)
-    decision = router.explain(request(prompt_tokens=96))
+    decision = router.explain(request(prompt_tokens=96), 1.0)
     assert [candidate.worker_id for candidate in decision.candidates] == ["w0"]
     assert [(each.worker_id, each.cached_tokens) for each in decision.observed] == [("vllm-0", 80), ("vllm-1", 0)]
-    bypassed = router.explain(request(bypass_prefix_cache=True))
+    bypassed = router.explain(request(bypass_prefix_cache=True), 1.0)
     assert [each.cached_tokens for each in bypassed.observed] == [0, 0]
     assert router.route(request(), 0.0).worker_id == "w0"
 
@@ -98,7 +98,7 @@ def test_the_last_token_is_always_to_be_computed() -> None:
     """A prompt that is held whole still computes its last block: blocks are reused whole."""
     router = router_with(info("w0"))
     hold(router, "w0", PROMPT)
-    (candidate,) = router.explain(request(prompt_tokens=96)).candidates
+    (candidate,) = router.explain(request(prompt_tokens=96), 1.0).candidates
     assert (candidate.cached_tokens, candidate.prefill_tokens) == (80, 16)
 
 
@@ -124,15 +124,15 @@ def test_a_reservation_counts_at_once() -> None:
     """The next decision already sees it: in queue, in flight and in blocks."""
     router = router_with(info("w0"))
     router.route(request("a"), 0.0)
-    (candidate,) = router.explain(request("b")).candidates
+    (candidate,) = router.explain(request("b"), 1.0).candidates
     assert (candidate.queued_prefill_tokens, candidate.in_flight, candidate.free_blocks) == (100, 1, 93)
     router.first_token("a", 0.5)
-    (candidate,) = router.explain(request("b")).candidates
+    (candidate,) = router.explain(request("b"), 1.0).candidates
     assert (candidate.queued_prefill_tokens, candidate.running) == (0, 1)
     assert candidate.decode_s > 0
     assert (router.predictions.requests, router.predictions.observed_s) == (1, 0.5)
-    router.finish("a")
-    (candidate,) = router.explain(request("b")).candidates
+    router.finish("a", 1.0)
+    (candidate,) = router.explain(request("b"), 1.0).candidates
     assert (candidate.in_flight, candidate.running, candidate.free_blocks) == (0, 0, 100)
 
 
@@ -140,27 +140,27 @@ def test_who_may_not_serve_is_left_out() -> None:
     """Draining, starting, and of role prefill or decode; when that is all, the error counts them."""
     router = router_with(info("w0"), info("w1", role=Role.DECODE))
     router.register(info("w2"), 0.0)
-    assert [c.worker_id for c in router.explain(request()).candidates] == ["w0"]
+    assert [c.worker_id for c in router.explain(request(), 1.0).candidates] == ["w0"]
     router.set_draining("w0", True)
     with pytest.raises(Unavailable, match="of 3 registered, 1 draining, 1 starting, 0 unreachable, 1 of role"):
-        router.explain(request())
+        router.explain(request(), 1.0)
     router.set_draining("w0", False)
     with pytest.raises(NotServed, match="served: m"):
-        router.explain(replace(request(), model="other"))
+        router.explain(replace(request(), model="other"), 1.0)
     with pytest.raises(InvalidRequest, match="policy"):
-        router.explain(request(policy="best"))
+        router.explain(request(policy="best"), 1.0)
 
 
 def test_an_unreachable_worker_gets_nothing_until_it_is_heard_of() -> None:
     """Dead workers look idle: without this they would draw every request. A former incarnation changes nothing."""
     router = router_with(info("w0", epoch=2))
     router.set_unreachable("w0", 1)
-    router.explain(request())
+    router.explain(request(), 1.0)
     router.set_unreachable("w0", 2)
     with pytest.raises(Unavailable, match="1 unreachable"):
-        router.explain(request())
+        router.explain(request(), 1.0)
     router.heartbeat("w0", 2, WorkerReport(), 1.0)
-    router.explain(request())
+    router.explain(request(), 1.0)
 
 
 def test_full_workers_refuse_and_say_when_to_come_back() -> None:
@@ -172,7 +172,7 @@ def test_full_workers_refuse_and_say_when_to_come_back() -> None:
     with pytest.raises(Overloaded, match="w0 3 of 3, w1 3 of 3") as caught:
         router.route(request("c"), 0.0)
     assert 0.1 <= caught.value.retry_after_s <= 10
-    router.finish("a")
+    router.finish("a", 1.0)
     assert router.route(request("c"), 0.0).worker_id == "w0"
 
 
@@ -185,7 +185,7 @@ def test_round_robin_takes_turns_whatever_is_cached() -> None:
     hold(router, "w1", PROMPT)
     chosen = [router.route(request(str(n)), 0.0).worker_id for n in range(6)]
     assert chosen == [*WORKERS, *WORKERS]
-    assert router.explain(request(policy="predicted-ttft")).candidates[0].worker_id == "w1"
+    assert router.explain(request(policy="predicted-ttft"), 1.0).candidates[0].worker_id == "w1"
 
 
 def test_the_learned_pace_of_a_worker_decides() -> None:
@@ -196,9 +196,9 @@ def test_the_learned_pace_of_a_worker_decides() -> None:
             seen = WorkerReport(prefill_steps=number, prefill_tokens=400 * number, prefill_s=400 * number * token_s)
             router.heartbeat(name, 1, seen, 0.5 * number)
     router.expire(2.0)
-    terms = {candidate.worker_id: candidate for candidate in router.explain(request()).candidates}
+    terms = {candidate.worker_id: candidate for candidate in router.explain(request(), 1.0).candidates}
     assert terms["w1"].prefill_s < terms["w2"].prefill_s < terms["w0"].prefill_s
-    assert router.explain(request()).worker_id == "w1"
+    assert router.explain(request(), 1.0).worker_id == "w1"
 
 
 HASHES = st.lists(st.integers(1, 8), min_size=1, max_size=4).map(lambda found: np.array(found, np.uint64))
@@ -369,8 +369,8 @@ class RouterMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def finish(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.requests)))
-        self.router.finish(name)
-        self.router.finish(name)
+        self.router.finish(name, self.now)
+        self.router.finish(name, self.now)
         del self.requests[name]
 
     @rule(step_s=st.sampled_from([0.1, 1.0, 4.0, SILENCE_LIMIT_S]))
@@ -412,7 +412,7 @@ class RouterMachine(RuleBasedStateMachine):
             return
         for name, asked in self.requests.items():
             if asked.streamed:
-                self.router.finish(name)
+                self.router.finish(name, self.now)
         self.router.expire(self.now + 2 * SILENCE_LIMIT_S)
         assert len(self.router.load) == 0
         assert len(self.router.index.tree) == 0

@@ -15,16 +15,24 @@ def hold(index: Index, worker_id: str, hashes: Hashes) -> None:
     index.view(worker_id).offer(EventLog(worker_id, 1, 16).append([BlockStored(hashes, 0, 16)], 0.0))
 
 
-def test_matches_come_by_name() -> None:
-    """Each worker with its own depth; those that hold nothing are left out."""
+def matched(index: Index, hashes: Hashes) -> dict[str, int]:
+    """Depths in any tier by name; all is held on the device here."""
+    device, anywhere = index.match(hashes)
+    assert device.tolist() == anywhere.tolist()
+    assert len(anywhere) == len(index.slot_names)
+    return {name: int(depth) for name, depth in zip(index.slot_names, anywhere, strict=True) if depth}
+
+
+def test_matches_come_by_slot() -> None:
+    """Each worker with its own depth; those that hold nothing have zero, and so have slots that nobody has."""
     index = Index()
     hashes = np.arange(1, 6, dtype=np.uint64)
     for name in ("a", "b", "c"):
         index.add(name)
     hold(index, "a", hashes[:2])
     hold(index, "c", hashes)
-    assert index.match(hashes) == {"a": 2, "c": 5}
-    assert index.match(hashes[:0]) == {}
+    assert matched(index, hashes) == {"a": 2, "c": 5}
+    assert matched(index, hashes[:0]) == {}
     index.check(["a", "b", "c"])
 
 
@@ -35,7 +43,7 @@ def test_caps_hold_for_the_tree() -> None:
     for name in ("a", "b"):
         index.add(name)
         hold(index, name, hashes)
-    assert index.match(hashes) == {"a": 3, "b": 2}
+    assert matched(index, hashes) == {"a": 3, "b": 2}
     assert [index.tree.refused(number) for number in (0, 1)] == [1, 2]
     assert index.at_cap() == {"a": 1, "b": 2}
     index.check(["a", "b"])
@@ -53,8 +61,8 @@ def test_numbers_are_used_again_and_nothing_is_inherited() -> None:
     index.drop("b")
     index.drop("a")
     index.drop("unknown")
-    assert index.match(hashes) == {"c": 3}
+    assert matched(index, hashes) == {"c": 3}
     index.check(["c"])
     assert [index.add(name).worker_index for name in ("d", "e", "f")] == [0, 1, 3]
-    assert index.match(hashes) == {"c": 3}
+    assert matched(index, hashes) == {"c": 3}
     index.check(["c", "d", "e", "f"])
