@@ -246,7 +246,7 @@ def calibrate(
     longest: Annotated[int, typer.Option(help="longest prompt to measure, tokens")] = 16_384,
     max_batch: Annotated[int, typer.Option(help="most answers at once to measure")] = 32,
     max_running: Annotated[int, typer.Option(help="the worker's own limit, to be written into the file")] = 64,
-    rounds: Annotated[int, typer.Option(help="measurements of each kind; the median counts")] = 3,
+    rounds: Annotated[int, typer.Option(help="measurements of each kind; the fastest counts")] = 3,
     force: Annotated[bool, typer.Option("--force", help="write the file however large the error is")] = False,
 ) -> None:
     """Measure an idle worker and write a hardware file from which simulations know its step times."""
