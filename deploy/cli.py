@@ -14,6 +14,8 @@ import typer
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
 from deploy.events.cli import events_app
+from deploy.simulate.cli import EPILOG as SIMULATE_EPILOG
+from deploy.simulate.cli import simulate
 from deploy.traces.cli import traces_app
 from rhizome.errors import RhizomeError
 
@@ -26,6 +28,7 @@ model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_he
 app.add_typer(model_app, name="model")
 app.add_typer(events_app, name="events")
 app.add_typer(traces_app, name="trace")
+app.command(epilog=SIMULATE_EPILOG)(simulate)
 
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
