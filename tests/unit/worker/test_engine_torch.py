@@ -11,6 +11,7 @@ import torch
 
 from kv_events.log import EventLog
 from radix.hashing import BlockHasher, derive_salt
+from rhizome.errors import InvalidRequest
 from worker.checkpoint import load_model
 from worker.engine import Engine
 from worker.models.decoder import Decoder
@@ -161,3 +162,9 @@ def test_answers_and_logprobs_are_equal_in_any_interleaving(
         assert engine.status().preemptions > 0, "this seed was meant to preempt"
     pool = engine.scheduler.cache.pool
     assert (pool.in_use, pool.available) == (0, pool.num_blocks)
+
+
+def test_a_host_tier_is_refused_until_tensors_are_moved(model: Decoder) -> None:
+    """At the start, by name, and not by wrong answers later."""
+    with pytest.raises(InvalidRequest, match="host_blocks"):
+        TorchRunner(model, 8, 16, host_blocks=4)

@@ -236,7 +236,7 @@ class ScarceSlotsMachine(TwoTierMachine):
 
 
 TestTwoTiers = TwoTierMachine.TestCase
-TestTwoTiers.settings = settings(max_examples=100, stateful_step_count=40, deadline=None)
+TestTwoTiers.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 TestScarceSlots = ScarceSlotsMachine.TestCase
 TestScarceSlots.settings = TestTwoTiers.settings
 

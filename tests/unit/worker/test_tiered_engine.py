@@ -138,7 +138,7 @@ class CollidingTieredEngineMachine(TieredEngineMachine):
 
 
 TestTieredEngine = TieredEngineMachine.TestCase
-TestTieredEngine.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestTieredEngine.settings = settings(max_examples=50, stateful_step_count=30, deadline=None)
 TestScarceHost = ScarceHostEngineMachine.TestCase
 TestScarceHost.settings = TestTieredEngine.settings
 TestTieredEngineWithCollisions = CollidingTieredEngineMachine.TestCase
