@@ -47,10 +47,25 @@ class SimulatedSequence(Sequence):
     turn's prompt names it anew."""
 
     last: int = 1  # tokens of prompt and answer: with them it ends
+    given: int = 0  # leading blocks that are there for nothing (SharedCacheScheduler)
 
     def contents(self, count: int) -> list[CachedBlock]:
         """See Sequence."""
         return self._contents[:count]
+
+
+class SharedCacheScheduler(Scheduler):
+    """A bound for what routing can reach: each sequence's `given` blocks come at once from a cache without end."""
+
+    def _start(self, sequence: Sequence, cached: list[int]) -> list[tuple[int, int]]:
+        loads = super()._start(sequence, cached)
+        given = cast(SimulatedSequence, sequence).given * self.config.block_size
+        if given > sequence.computed:
+            if sequence.cached_tokens == sequence.computed:
+                self.cached_prompt_tokens += given - sequence.computed
+                sequence.cached_tokens = given
+            sequence.computed = given
+        return loads
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +84,19 @@ class SimulatedWorker:
     step that is being computed then.
     """
 
-    def __init__(self, worker_id: str, config: SchedulerConfig, model: StepTimeModel, *, epoch: int = 1) -> None:
-        self.scheduler = Scheduler(config)
-        self.log = EventLog(worker_id, epoch, config.block_size)
+    def __init__(
+        self,
+        worker_id: str,
+        config: SchedulerConfig,
+        model: StepTimeModel,
+        *,
+        host_token_s: float = 0.0,
+        shared_cache: bool = False,
+    ) -> None:
+        """`host_token_s`: to bring a token's KV back from the host tier. `shared_cache`: see SharedCacheScheduler."""
+        self.scheduler = SharedCacheScheduler(config) if shared_cache else Scheduler(config)
+        self.log = EventLog(worker_id, 1, config.block_size)
+        self._host_block_s = host_token_s * config.block_size
         self._model = model
         self._hasher = BlockHasher(config.block_size, bytes(SALT_BYTES))
         self._arrivals = 0
@@ -89,7 +114,13 @@ class SimulatedWorker:
         return bool(self._step)
 
     def add(
-        self, request_id: str, prompt_tokens: int, output_tokens: int, block_hashes: AnySequence[int], priority: int = 0
+        self,
+        request_id: str,
+        prompt_tokens: int,
+        output_tokens: int,
+        block_hashes: AnySequence[int],
+        priority: int = 0,
+        given: int = 0,
     ) -> None:
         """Queue a request. `block_hashes` of its prompt's full blocks name each block with all before it.
 
@@ -101,7 +132,9 @@ class SimulatedWorker:
         request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
         tokens = TokenCount(prompt_tokens)
         last = prompt_tokens + output_tokens
-        self.scheduler.add(SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last))
+        self.scheduler.add(
+            SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last, given=given)
+        )
         self._arrivals += 1
 
     def begin(self, now: float) -> float | None:
@@ -189,7 +222,9 @@ class SimulatedWorker:
 
     def _ends_at(self) -> float:
         if self._chunks:
-            return self._began_at + self._model.step_s(self._decoding, self._context, self._chunks)
+            loads = sum(len(entry.loads) for entry in self._step)
+            loaded_s = self._host_block_s * loads
+            return self._began_at + loaded_s + self._model.step_s(self._decoding, self._context, self._chunks)
         return self._began_at + self._model.decode_s(self._decoding, self._context, self._leap)
 
     def _publish(self, now: float) -> None:

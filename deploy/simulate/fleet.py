@@ -20,6 +20,7 @@ from rhizome.errors import Overloaded, RhizomeError
 from router.core import Router, RouteRequest
 from router.decision import Decision
 from router.fleet import ModelCard, WorkerInfo, WorkerReport
+from router.table import Floats
 from worker.engine import EngineStatus
 from worker.scheduler import SchedulerConfig
 from worker.simulated import SimulatedWorker
@@ -63,6 +64,25 @@ class _Replica:
     waking: bool = False
 
 
+BOUND = "bound"
+"""A policy of simulations alone: predicted-ttft over one shared cache without end, fetched free, nothing held back."""
+
+
+class _BoundRouter(Router):
+    """Every worker holds whatever any has computed."""
+
+    def __init__(self, computed: set[int]) -> None:
+        super().__init__(lease_s=LEASE_S)
+        self._computed = computed
+
+    def submit(self, request: RouteRequest, now: float) -> Decision:
+        """See Router."""
+        return self.route(request, now)
+
+    def _depths(self, request: RouteRequest) -> Floats:
+        return np.full((2, len(self.index.slot_names)), float(_leading(request.hashes, self._computed)))
+
+
 class Fleet:
     """Replays a trace on `workers` equal workers behind `routers` routers. The same seed gives the same outcomes."""
 
@@ -76,6 +96,7 @@ class Fleet:
         routers: int = 1,
         network: Network | None = None,
         seed: int = 0,
+        host_tier: bool = False,
         max_waiting: int = 4096,
         validate: bool = False,
     ) -> None:
@@ -89,6 +110,7 @@ class Fleet:
         self._serial = 0
         self._ends: list[int] = []  # by worker: serial of the event that ends the step under way
         self._left = len(trace.requests)
+        self._replicas: list[_Replica] = []
         block_size = trace.block_size
         longest = max((r.input_tokens + r.output_tokens for r in trace.requests), default=1)
         config = SchedulerConfig(
@@ -98,13 +120,28 @@ class Fleet:
             max_batched_tokens=hardware.max_batched_tokens,
             max_running=hardware.max_running,
             max_waiting=max_waiting,
+            host_blocks=hardware.host_kv_tokens // block_size if host_tier else 0,
         )
         self._config = config
         card = ModelCard("simulated", config.max_model_len, 1 << 20, block_size, "")
-        self._replicas = [_Replica(Router(policy=policy, lease_s=LEASE_S, validate=validate)) for _ in range(routers)]
+        self._computed: set[int] | None = set() if policy == BOUND else None  # blocks, by whomever
+        for _ in range(routers):
+            if self._computed is None:
+                router = Router(policy=policy, lease_s=LEASE_S, validate=validate)
+            else:
+                router = _BoundRouter(self._computed)
+            self._replicas.append(_Replica(router))
         for number in range(workers):
             name = f"worker-{number}"
-            self.workers.append(SimulatedWorker(name, config, hardware.steps))
+            self.workers.append(
+                SimulatedWorker(
+                    name,
+                    config,
+                    hardware.steps,
+                    host_token_s=hardware.host_token_s,
+                    shared_cache=policy == BOUND,
+                )
+            )
             self._ends.append(-1)
             info = WorkerInfo(
                 name,
@@ -200,7 +237,11 @@ class Fleet:
         outcome = self.outcomes[number]
         worker = self.workers[outcome.worker]
         try:
-            worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, self._hashes[number].tolist())
+            hashes = self._hashes[number].tolist()
+            given = 0 if self._computed is None else _leading(self._hashes[number], self._computed)
+            given = min(given, (outcome.prompt_tokens - 1) // self._config.block_size)
+            priority = self.trace.requests[number].priority
+            worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, hashes, priority, given)
         except Overloaded:
             self._replica_of(number).router.finish(str(number), self.now)
             self._refuse(number)
@@ -231,6 +272,8 @@ class Fleet:
         progress = worker.end(self.now)
         for name in progress.prefilled:
             self.outcomes[int(name)].first_token_at = self.now + self._network.delay_s
+            if self._computed is not None:
+                self._computed.update(self._hashes[int(name)].tolist())
         for name in progress.finished:
             self.outcomes[int(name)].finished_at = self.now + self._network.delay_s
             self._left -= 1
@@ -300,6 +343,14 @@ def _hashes(block_ids: Sequence[int]) -> Hashes:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
+
+
+def _leading(hashes: Hashes, known: set[int]) -> int:
+    """How many of them, from the first on, are known."""
+    for depth, block_hash in enumerate(hashes.tolist()):
+        if block_hash not in known:
+            return depth
+    return len(hashes)
 
 
 def _report_of(status: EngineStatus) -> WorkerReport:
