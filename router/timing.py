@@ -17,6 +17,7 @@ LEAST_OF_PRIOR = 0.02  # no term is taken to be less than this share of the prio
 OUTLIER = 4.0  # an observation counts at most so many times, and at least one such part, of what was expected
 REFIT_S = 1.0  # of observed time, and at first sooner, between fits
 MAX_STEP_S = 60.0  # a longer step is a stopped clock, not a measurement
+MAX_WORK_S = 1e9  # of one term, as the prior has it: more in one report is no measurement either
 
 
 class StepCosts(NamedTuple):
@@ -101,13 +102,13 @@ class WorkerTiming:
 
     def _add(self, work: tuple[float, ...], seconds: float) -> None:
         terms = np.array(work) * _SCALE
-        if not terms.min() >= 0 or terms.max() == math.inf:
+        if not (terms.min() >= 0 and terms.max() <= MAX_WORK_S):
             return
         expected = max(float(np.dot(work, self._costs)), 1e-6)
         if self._observed_s > 1.0:
             seconds = min(max(seconds, expected / OUTLIER), expected * OUTLIER)
         # A worker's whole past may come in one report (a router that restarted): it counts no more than a window.
-        weight = min(1.0, WINDOW_S / seconds)
+        weight = min(1.0, WINDOW_S / max(seconds, expected))
         fade = math.exp(-weight * seconds / WINDOW_S)
         self._normal *= fade
         self._moment *= fade

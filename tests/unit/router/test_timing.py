@@ -7,7 +7,7 @@ from dataclasses import replace
 from random import Random
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from router.fleet import WorkerReport
@@ -225,6 +225,7 @@ REPORTS = st.builds(
 )
 
 
+@settings(max_examples=50)
 @given(st.lists(REPORTS, max_size=20))
 def test_senseless_reports_never_make_senseless_costs(reports: list[WorkerReport]) -> None:
     """Counters that go back, NaN and infinity: costs stay finite, and no term is less than its share of the prior."""
@@ -237,6 +238,20 @@ def test_senseless_reports_never_make_senseless_costs(reports: list[WorkerReport
             assert value >= 0.999 * min(LEAST_OF_PRIOR * least, value + 1) > 0
         assert math.isfinite(predicted(timing.costs, 100))
         assert predicted(timing.costs, 100) > 0
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.lists(REPORTS, max_size=5))
+def test_after_senseless_reports_sense_is_learned(reports: list[WorkerReport]) -> None:
+    """However absurd they were: none counts more than a window, and they fade."""
+    timing, random = WorkerTiming(), Random(3)
+    for report in reports:
+        timing.observe(report, PRIOR)
+    report = WorkerReport()
+    while report.prefill_s + report.decode_s < 6 * WINDOW_S:
+        report = mixed(report, H100, *some_load(random))
+        timing.observe(report, PRIOR)
+    assert predicted(timing.costs, 8192) == pytest.approx(predicted(H100, 8192), rel=0.5)
 
 
 def test_steps() -> None:
