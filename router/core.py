@@ -207,21 +207,25 @@ class Router:
         Raises NotServed for an unknown model, Unavailable where none of its workers may take requests, Overloaded
         where all are full, Duplicate for a request id in flight, InvalidRequest for an unknown policy.
         """
+        self._check_not_held(request)
         return self._placed(request, self._compare(request, now), now)
 
     def submit(self, request: RouteRequest, now: float) -> Decision | None:
         """The same, or None: the request is held until the worker that is best for it is nearly free, and `dispatch`
         tells where it goes. Raises like `route`."""
+        self._check_not_held(request)
         comparison = self._compare(request, now)
         holds = self._policy(request).holds and not self._holding.is_full
         if not holds or (not self._holding and _nearly_free(comparison)):
             return self._placed(request, comparison, now)
         self.load.check_room(request.request_id)
-        if request.request_id in self._holding:
-            raise Duplicate(f"request {request.request_id} is in flight already")
         rows = comparison.rows
         self._holding.add(Held(request, now, rows, comparison.scores - rows.queue_s, now))
         return None
+
+    def _check_not_held(self, request: RouteRequest) -> None:
+        if request.request_id in self._holding:
+            raise Duplicate(f"request {request.request_id} is in flight already")
 
     @property
     def held(self) -> int:
@@ -261,12 +265,12 @@ class Router:
             if queue_s[best] <= HOLD_S:
                 try:
                     comparison = self._compare(held.request, now)
-                except Overloaded:
+                    if _nearly_free(comparison):
+                        decision = self._placed(held.request, comparison, now, now - held.since)
+                        gone.append((held.request.request_id, decision))
+                        best = comparison.chosen
+                except Overloaded:  # all workers are full, or the router is
                     break
-                if _nearly_free(comparison):
-                    best = comparison.chosen
-                    decision = self._placed(held.request, comparison, now, now - held.since)
-                    gone.append((held.request.request_id, decision))
             queue_s[best] += held.rows.prefill_s[best]
         return gone
 
@@ -296,8 +300,8 @@ class Router:
             scores = np.where(room, scores, np.inf)
             if not room.any():
                 raise _all_full(rows, self.index.slot_names)
-        least = scores.min()
-        tied = np.flatnonzero(scores <= policy.tie(float(least)))
+        least = scores[room].min()  # a policy that looks at some workers only may have found none with room
+        tied = np.flatnonzero((scores <= policy.tie(float(least))) & room)
         chosen = int(tied[0])
         if len(tied) > 1:
             order = np.lexsort((rows.last_routed[tied], rows.in_flight[tied], -rows.free_blocks[tied]))

@@ -17,6 +17,7 @@ from rhizome.errors import Conflict, Duplicate, InvalidRequest, NotServed, Overl
 from router.core import Router, RouteRequest
 from router.fleet import ModelCard, Role, WorkerInfo, WorkerReport
 from router.load import SILENCE_LIMIT_S
+from router.policies import POLICIES
 
 BLOCK_SIZE = 16
 CARD = ModelCard("m", max_model_len=4096, vocab_size=100, block_size=BLOCK_SIZE, tokenizer_sha256="abc")
@@ -174,6 +175,18 @@ def test_full_workers_refuse_and_say_when_to_come_back() -> None:
     assert 0.1 <= caught.value.retry_after_s <= 10
     router.finish("a", 1.0)
     assert router.route(request("c"), 0.0).worker_id == "w0"
+
+
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_no_policy_sends_to_a_full_worker(policy: str) -> None:
+    """While another has room, however busy that one is: also where the rule looks at two workers only."""
+    router = Router(policy=policy, validate=True)
+    for worker in (info("w0"), info("w1"), info("w2", max_running=100)):
+        router.register(worker, 0.0)
+        router.set_ready(worker.worker_id, 1)
+    for name, running in (("w0", 3), ("w1", 3), ("w2", 7)):
+        router.heartbeat(name, 1, WorkerReport(running=running), 0.0)
+    assert {router.route(request(f"r{number}"), 0.0).worker_id for number in range(30)} == {"w2"}
 
 
 def test_round_robin_takes_turns_whatever_is_cached() -> None:
