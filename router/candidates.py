@@ -83,10 +83,11 @@ class Candidates:
             self.blocks_total,
             self.max_in_flight,
             self.budget,
+            queued,
             self.queued_tokens,
             _,
             _,
-            _,
+            head_since,
             self.in_flight,
             self.decoding,
             self.context,
@@ -120,6 +121,9 @@ class Candidates:
             self.token_s + self.attention_s * (self.cached_tokens + self.prefill_tokens / 2)
         ) + step_s * np.ceil(self.prefill_tokens / self.budget)
         self.prefill_s += (held - device) * block_size * HOST_SHARE * self.token_s
+        # Who comes while others wait for their first step shares it, and makes it longer: up to a whole budget's.
+        begun = (now - head_since > self.decode_step_s + beside) & (queued > 0)
+        self.waiting: Floats = queued - begun
         # An idle prefill queue still means waiting for the end of the decode step under way: half of one.
         self.decode_s: Floats = np.where(
             (self.queued_tokens == 0) & (self.decoding > 0), (self.decode_step_s + beside) / 2, 0.0

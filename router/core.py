@@ -454,7 +454,10 @@ def _nearly_free(comparison: Comparison) -> bool:
     """Whether the chosen worker will begin with the request soon; an idle one takes what it would never have room for,
     and refuses it."""
     rows, row = comparison.rows, comparison.chosen
-    return bool((rows.queue_s[row] <= HOLD_S and not rows.memory_s[row]) or not rows.in_flight[row])
+    if not rows.in_flight[row]:
+        return True
+    joins = rows.waiting[row] > 0 and rows.prefill_s[row] > HOLD_S
+    return bool(rows.queue_s[row] <= HOLD_S and not rows.memory_s[row] and not joins)
 
 
 def _takes_requests(member: Member) -> bool:

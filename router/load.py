@@ -180,7 +180,8 @@ class Load:
         if not load.queue:  # floats added and taken away leave crumbs
             load.own_tokens_s = 0.0
         foreign = load.foreign_prefill_tokens
-        values[Column.QUEUED_TOKENS : Column.RESIDENCE_S + 1, slot] = (
+        values[Column.QUEUED : Column.RESIDENCE_S + 1, slot] = (
+            len(load.queue) + (foreign > 0),
             load.own_prefill_tokens + foreign,
             load.own_tokens_s + foreign * values[Column.TOKEN_S, slot],
             next(iter(load.queue.values())).prefill_s if load.queue else 0.0,

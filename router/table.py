@@ -21,6 +21,7 @@ class Column(IntEnum):
     MAX_SEQUENCES = auto()  # running and waiting
     BUDGET = auto()  # tokens of a step
     # What it has to do (router.load).
+    QUEUED = auto()  # requests without a first token
     QUEUED_TOKENS = auto()  # prompt tokens computed before a request that comes now
     QUEUED_S = auto()  # of these tokens, steps apart
     HEAD_S = auto()  # of the request that is computed first
