@@ -77,8 +77,10 @@ class HoldingMachine(RuleBasedStateMachine):
 
     # Workers.
 
-    @rule(name=st.sampled_from(WORKERS))
-    def join(self, name: str) -> None:
+    @rule(name=st.sampled_from(WORKERS), again=st.sampled_from([False, False, True]))
+    def join(self, name: str, again: bool = True) -> None:
+        if name in self.workers and not again:
+            return
         self.leave(name)
         self.epochs[name] += 1
         epoch = self.epochs[name]
@@ -87,7 +89,7 @@ class HoldingMachine(RuleBasedStateMachine):
         self.workers[name] = ModelWorker(epoch)
         self.dispatch()
 
-    @rule(name=st.sampled_from(WORKERS))
+    @rule(name=st.sampled_from(WORKERS[:1]))
     def leave(self, name: str) -> None:
         if worker := self.workers.pop(name, None):
             self.router.deregister(name, worker.epoch)
@@ -116,7 +118,7 @@ class HoldingMachine(RuleBasedStateMachine):
     # Requests.
 
     @rule(
-        tokens=st.sampled_from([10, 400, 5000, 30_000]),
+        tokens=st.sampled_from([10, 400, 5000, 30_000, 30_000]),
         prefix=st.integers(1, 4),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         policy=st.sampled_from(POLICY_NAMES),
@@ -181,7 +183,7 @@ class HoldingMachine(RuleBasedStateMachine):
         self.router.finish(self.lost.pop(), self.now)
         self.dispatch()
 
-    @rule(step_s=st.sampled_from([0.01, 0.05, 0.3, 5.0]))
+    @rule(step_s=st.sampled_from([0.01, 0.05, 0.3, 0.3, 2.0]))
     def time_passes(self, step_s: float) -> None:
         self.now += step_s
         self.dispatch()
