@@ -61,14 +61,13 @@ def _latency(pyplot: Any, rows: Sequence[Row]) -> Any:
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.4))
     for axis, field, what in (
         (axes[0], "ttft_mean_s", "mean"),
-        (axes[1], "ttft_short_p99_s", "p99 of requests with short uncached work"),
+        (axes[1], "ttft_short_p99_s", "p99 of short work"),
     ):
         for policy in dict.fromkeys(row.policy for row in rows):
             points = [(row.rate_per_s, getattr(row, field)) for row in rows if row.policy == policy]
             axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=policy)
         title = f"{rows[0].workers} workers: time to first token, {what}"
         axis.set(title=title, xlabel="requests a second", ylabel="seconds", yscale="log")
-        axis.title.set_fontsize(10)
         axis.grid(visible=True, alpha=0.3)
     axes[0].legend(fontsize=8)
     return figure
@@ -100,6 +99,7 @@ def _workers(pyplot: Any, run: Run) -> Any:
         axis.set(ylabel=label)
         axis.set_ylim(bottom=0)
         axis.grid(visible=True, alpha=0.3)
+    axes[0].plot(timeline.times_s, timeline.held, linestyle="--", linewidth=1, color="black", label="held in routers")
     axes[0].set_title(f"{run.row.policy}, {_title(run.row)}")
     axes[2].set_xlabel("virtual seconds")
     if run.row.workers <= MAX_NAMED_WORKERS:

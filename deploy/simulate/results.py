@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
@@ -227,9 +227,6 @@ def known_saturation(former: object, header: dict[str, Any]) -> dict[tuple[str, 
     return known
 
 
-COLUMNS = tuple(field.name for field in fields(Row))
-
-
 def _column(outcomes: Sequence[Outcome], name: str) -> Values:
     return np.array([getattr(outcome, name) for outcome in outcomes], np.float64)
 
@@ -238,7 +235,8 @@ def _itls(done: Sequence[Outcome]) -> Values:
     """NaN for a single token."""
     between = _column(done, "output_tokens") - 1
     seconds = _column(done, "finished_at") - _column(done, "first_token_at")
-    return np.divide(seconds, between, out=np.full(len(done), np.nan), where=between > 0)
+    itls: Values = np.divide(seconds, between, out=np.full(len(done), np.nan), where=between > 0)
+    return itls
 
 
 def _prompt_tokens(fleet: Fleet) -> int:

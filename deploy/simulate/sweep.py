@@ -59,6 +59,7 @@ def replay(setting: Setting, case: Case, tell: Tell | None = None) -> Run:
         told = ended
 
     fleet.run(until)
+    timeline.finish(fleet)
     if tell is not None:
         tell(len(setting.trace) - told)
     row = row_of(fleet, setting, case, time.perf_counter() - began)
