@@ -91,7 +91,7 @@ def _workers(pyplot: Any, run: Run) -> Any:
     panels = (
         ("waiting, requests", np.array(timeline.waiting)),
         ("running, requests", np.array(timeline.running)),
-        ("hit ratio of late", timeline.hit_shares()),
+        ("hit ratio, recent", timeline.hit_shares()),
     )
     for axis, (label, values) in zip(axes, panels, strict=True):
         for worker in range(values.shape[1]):

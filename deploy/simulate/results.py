@@ -66,7 +66,7 @@ class Row:
     bound's gifts are saved). goodput: share of all requests, refused ones included, that kept the SLO. imbalance:
     largest by mean of the workers' time in steps. prediction_error: |predicted - observed| TTFT, the prediction as of
     the decision and what was held until then. held: share of requests that the router held back, and the mean time of
-    these. duration: virtual time until the last request ended. wall and simulated_per_s: this machine's time, and
+    these. duration: virtual time until the last request ended. wall and requests_per_s: this machine's time, and
     requests in a second of it; all else is the same whenever it is run.
     """
 
