@@ -19,6 +19,7 @@ from router.candidates import Candidates
 from router.policies import POLICIES, Policy, Prompt, make_policy, peers, plain
 from router.policies.peers import SglangCacheAware
 from router.policies.plain import LOAD_FACTOR, PREFIX_BLOCKS, Sticky
+from router.policies.predicted import JOIN_WEIGHT, OWN_WEIGHT
 from router.table import Floats
 from tests.support.candidates import PlainQuestion, PlainWorker, plain_questions
 
@@ -167,6 +168,13 @@ def llm_d(question: PlainQuestion, worker: PlainWorker) -> float:
     return -(2 * overlap + 1 - question.in_use(worker) / worker.blocks_total + rank)
 
 
+def predicted_ttft(question: PlainQuestion, worker: PlainWorker) -> float:
+    """Its own prefill counts again, and what it adds to the first step of each request that waits there."""
+    own_s = question.prefill_s(worker)
+    joined_s = question.waiting(worker) * min(own_s, worker.budget * worker.token_s)
+    return question.ttft_s(worker) + OWN_WEIGHT * own_s + JOIN_WEIGHT * joined_s
+
+
 RULES: dict[str, Rule] = {
     "round-robin": lambda question, worker: worker.last_routed,
     "least-loaded": lambda question, worker: worker.sequences,
@@ -174,7 +182,7 @@ RULES: dict[str, Rule] = {
     "dynamo-p16": dynamo(16.0),
     "llm-d": llm_d,
     "lmetric": lambda question, worker: (worker.queued_tokens + question.new(worker)) * (worker.decoding + 1),
-    "predicted-ttft": lambda question, worker: question.ttft_s(worker) + question.prefill_s(worker),
+    "predicted-ttft": predicted_ttft,
 }
 
 

@@ -20,6 +20,7 @@ class PlainWorker:
     blocks_total: int = 1000
     max_sequences: int = 64
     budget: int = 512
+    queued: int = 0
     queued_tokens: int = 0
     queued_s: float = 0.0
     head_s: float = 0.0
@@ -91,6 +92,11 @@ class PlainQuestion:
         computed_s = new * worker.token_s + pairs * worker.attention_s
         return computed_s + steps * self.step_s(worker, worker.prefill_step_s) + back * HOST_SHARE * worker.token_s
 
+    def waiting(self, worker: PlainWorker) -> int:
+        """Requests whose first step has not begun: the first of them has once a decode step's time has gone by."""
+        begun = self.now - worker.head_since > self.step_s(worker, worker.decode_step_s)
+        return worker.queued - (begun and worker.queued > 0)
+
     def decode_s(self, worker: PlainWorker) -> float:
         """Half of the decode step under way, where no prefill is."""
         if worker.queued_tokens or not worker.decoding:
@@ -132,6 +138,7 @@ def plain_workers(draw: st.DrawFn, slot: int) -> PlainWorker:
         blocks_total=total,
         max_sequences=most,
         budget=draw(st.sampled_from([1, 64, 512, 8192])),
+        queued=draw(st.just(0) | st.integers(0, 10)),
         queued_tokens=draw(st.just(0) | st.integers(0, 100_000)),
         queued_s=draw(_SECONDS),
         head_s=draw(_SECONDS),
