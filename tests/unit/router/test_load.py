@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from rhizome.errors import Duplicate, Overloaded
@@ -43,7 +45,7 @@ def left(load: Load) -> dict[str, int]:
     return {name: request.prefill_tokens for name, request in load.of("w").reservations.items()}
 
 
-def columns(load: Load, worker: str = "w") -> dict[str, float]:
+def columns(load: Load, worker: str = "w") -> dict[str, Any]:
     """What decisions would read of a worker."""
     values = load._table.values[:, load.of(worker).slot]
     return {column.name.lower(): float(values[column]) for column in Column}
@@ -167,3 +169,43 @@ def test_requests_in_flight_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None
         reserve(load, "c")
     assert load.of("w").sequences == 2
     load.check(["w"])
+
+
+def test_decisions_read_what_the_load_is() -> None:
+    """Every change is written to the table: sums, the head of the queue and since when it is that."""
+    load = make_load()
+    reserve(load, "a", 100, now=1.0)
+    reserve(load, "b", 50, now=2.0)
+    seen = columns(load)
+    assert (seen["queued"], seen["queued_tokens"], seen["queued_s"]) == (2, 150, pytest.approx(0.15))
+    assert (seen["head_s"], seen["head_since"], seen["last_routed"]) == (pytest.approx(0.11), 1.0, 2)
+    load.prefilled("a", 3.0)
+    seen = columns(load)
+    assert (seen["queued"], seen["head_s"], seen["head_since"]) == (1, pytest.approx(0.06), 3.0)
+    assert (seen["sequences"], seen["decoding"], seen["context"]) == (2, 1, 100)
+    load.release("b", 4.0)
+    assert (columns(load)["queued_s"], columns(load)["head_s"], columns(load)["head_since"]) == (0.0, 0.0, 4.0)
+
+
+def test_blocks_of_a_request_that_ended_are_free_before_the_next_report() -> None:
+    """Not twice: the next report no longer counts them."""
+    load = make_load()
+    reserve(load, "a", 100)
+    load.prefilled("a", 0.1)
+    load.report("w", WorkerReport(blocks_in_use=30), 1.0)
+    load.release("a", 1.1)
+    assert columns(load)["blocks_in_use"] == 20
+    load.report("w", WorkerReport(blocks_in_use=25), 2.0)
+    assert columns(load)["blocks_in_use"] == 25
+
+
+def test_how_long_blocks_are_in_use_is_learned_from_those_that_were_served() -> None:
+    """One that was given up before its first token tells nothing."""
+    load = make_load()
+    for number in range(200):
+        reserve(load, f"a{number}", now=0.0)
+        reserve(load, f"b{number}", now=0.0)
+        load.prefilled(f"a{number}", 1.0)
+        load.release(f"a{number}", 2.0)
+        load.release(f"b{number}", 500.0)
+    assert columns(load)["residence_s"] == pytest.approx(2.0, rel=0.01)
