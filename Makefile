@@ -100,5 +100,9 @@ bench-events: native
 		$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,bench]'
 	$(BIN)/python -m benchmarks.events $(ARGS)
 
+.PHONY: bench-routing
+bench-routing: native
+	$(BIN)/python -m benchmarks.routing $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,65 @@
+"""What the routing benchmark measures at which size, and on which traces."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from deploy.traces.synthesize import synthesize
+from deploy.traces.trace import Trace, read_trace
+from deploy.traces.workload import PRESETS
+
+ROOT = Path(__file__).parents[1]
+FOUND = tuple(ROOT.parent / "shared" / "traces" / f"{name}_trace.jsonl" for name in ("conversation", "synthetic"))
+GENERATED = ("chat", "agent")
+
+OURS, DEFAULTS, TUNED, BOUND = "predicted-ttft", "dynamo", "dynamo-p16", "bound"
+OTHERS = (DEFAULTS, TUNED, "sglang", "llm-d", "lmetric")
+"""Policies of others: never to be much worse than the best of them."""
+POLICIES = (OURS, *OTHERS, BOUND)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Sizes. Loads are shares of the speed at which round-robin is saturated."""
+
+    workers: tuple[int, ...] = (8, 16)
+    loads: tuple[float, ...] = (0.5, 0.8, 1.0)
+    requests: int | None = None  # the trace's first ones; None: all
+    generated: int = 8_000  # requests of a trace that is made here
+    saturations: tuple[tuple[str, float], ...] = (("conversation", 3.13 / 16),)  # known: by trace, for each worker
+    carried: bool = True  # search the rate that the policies carry, too
+    speed_workers: int = 16
+    jobs: int = 2
+
+    decision_workers: int = 64
+    decision_entries: int = 1_000_000
+    decision_tokens: int = 8_192
+    decision_prompts: int = 510  # distinct ones
+    decisions: int = 20_000
+    warm_up: int = 1_000  # decisions that do not count
+
+
+FULL = Plan()
+QUICK = Plan(workers=(8,), loads=(0.8, 1.0), requests=1_500, generated=1_500, carried=False, decisions=5_000)
+
+
+def traces(plan: Plan, files: Sequence[Path]) -> list[Trace]:
+    """The files given, else the published traces where they are found, else generated ones. Raises InvalidRequest."""
+    paths = list(files) or [path for path in FOUND if path.is_file()]
+    known = [read_trace(path) for path in paths] or [
+        synthesize(PRESETS[name], plan.generated, seed=1, name=name) for name in GENERATED
+    ]
+    return known if plan.requests is None else [trace.head(plan.requests) for trace in known]
+
+
+def title(trace: Trace) -> str:
+    """What rows call a trace."""
+    return trace.name.removesuffix("_trace")
+
+
+def known_saturation(plan: Plan, trace: Trace, workers: int) -> float:
+    """The speed that saturates round-robin; NaN where it has to be found."""
+    return dict(plan.saturations).get(title(trace), math.nan) * workers

@@ -1,0 +1,87 @@
+"""The routing benchmark: every part runs and gives its rows, and bad usage is told at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import routing
+from benchmarks.routing_plan import Plan, traces
+from deploy.traces.synthesize import synthesize
+from deploy.traces.trace import write_trace
+from deploy.traces.workload import PRESETS
+
+TINY = Plan(
+    workers=(2,),
+    loads=(0.8, 1.0),
+    requests=60,
+    saturations=(("chat", 5.0),),
+    carried=False,
+    speed_workers=2,
+    jobs=1,
+    decision_workers=8,
+    decision_entries=10_000,
+    decision_tokens=256,
+    decision_prompts=12,
+    decisions=30,
+    warm_up=5,
+)
+
+
+@pytest.fixture(scope="module")
+def trace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file that no machine lacks."""
+    path = tmp_path_factory.mktemp("traces") / "chat_trace.jsonl"
+    write_trace(synthesize(PRESETS["chat"], 80, seed=3), path)
+    return path
+
+
+def test_every_part_of_the_benchmark_gives_its_rows(
+    trace: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rows have the names that others look for, a figure each, and go to the table and the JSON alike; exit code 0."""
+    path = tmp_path / "routing.json"
+    assert routing.main(["--json", str(path), "--trace", str(trace)], TINY) == 0
+    report = json.loads(path.read_text())
+    assert report["name"] == "routing"
+    rows = {each["what"]: each for each in report["rows"]}
+    assert len(rows) == len(report["rows"]), "two rows have one name"
+    assert {
+        "decision p50 256 tokens 10k W8",
+        "decision p99 256 tokens 10k W8",
+        "decision hashing p50 256 tokens 10k W8",
+        "decision submit p99 256 tokens 10k W8",
+        "chat N2 simulated requests",
+        "chat N2 load 1 mean TTFT vs dynamo",
+        "chat N2 load 1 mean TTFT vs dynamo-p16",
+        "chat N2 load 1 short p99 vs dynamo",
+        "chat N2 load 0.8 gap to bound",
+        "chat N2 load 0.8 gap to bound host tier",
+        "chat N2 load 0.8 mean TTFT vs best other",
+        "chat N2 load 1 p99 TTFT vs best other",
+        "chat N2 load 1 disturbed",
+    } <= rows.keys()
+    assert all(each["ours"] for each in rows.values())
+    best = rows["chat N2 load 1 mean TTFT vs best other"]
+    assert best["ratio"] == pytest.approx(best["peer"] / best["ours"], rel=1e-2)
+    assert "simulated requests" in capsys.readouterr().out
+
+
+def test_without_files_there_are_traces_all_the_same() -> None:
+    """Published ones where they are found, else generated ones; no longer than the plan says."""
+    known = traces(Plan(requests=20, generated=30), ())
+    assert known
+    assert {len(trace) for trace in known} == {20}
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--fast"], ["--json", "no/such/folder/routing.json"], ["--trace", "no-such-file"], ["--jobs", "0"]]
+)
+def test_bad_usage_ends_with_2(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """An unknown option, or a file that cannot be read or written, is told before anything is run."""
+    with pytest.raises(SystemExit) as ended:
+        routing.main(arguments, TINY)
+    assert ended.value.code == 2
+    assert "--" in capsys.readouterr().err
