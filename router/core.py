@@ -14,7 +14,7 @@ from rhizome.errors import Conflict, Duplicate, InvalidRequest, Overloaded, Rhiz
 from router.candidates import Candidates, queues_s
 from router.decision import Comparison, Decision, NobodyChosen, Overlap
 from router.fleet import LEASE_S, Fleet, Member, ModelCard, Role, WorkerInfo, WorkerReport
-from router.holding import HOLD_S, STALE_S, Held, Holding
+from router.holding import HOLD_S, STALE_S, STALL_S, Held, Holding
 from router.index import Index
 from router.load import Load, Reservation
 from router.policies import DEFAULT_POLICY, Policy, Prompt, make_policy
@@ -220,7 +220,7 @@ class Router:
             return self._placed(request, comparison, now)
         self.load.check_room(request.request_id)
         rows = comparison.rows
-        self._holding.add(Held(request, now, rows, comparison.scores - rows.queue_s, now))
+        self._holding.add(Held(request, now, rows, comparison.scores - rows.queue_s, float(rows.prefill_s.min()), now))
         return None
 
     def _check_not_held(self, request: RouteRequest) -> None:
@@ -235,7 +235,7 @@ class Router:
     def dispatch(self, now: float) -> list[tuple[str, Decision | RhizomeError]]:
         """Where held requests go now, or why they cannot, by request id.
 
-        To be called after every change while any are held, and `next_dispatch_s` later at the latest.
+        To be called after every change while any are held, and every PATIENCE_S (router.holding).
         """
         gone: list[tuple[str, Decision | RhizomeError]] = []
         for model in self._holding.models():
@@ -246,7 +246,7 @@ class Router:
             else:
                 gone += self._dispatch(model, slots, now)
         for request_id, _ in gone:
-            self._holding.remove(request_id)
+            self._holding.let_go(request_id, now)
         self._checked()
         return gone
 
@@ -255,20 +255,20 @@ class Router:
         been served there, and goes if that one is nearly free now."""
         gone: list[tuple[str, Decision | RhizomeError]] = []
         queue_s = queues_s(self._table.of(slots), now)
+        stalled = now - self._holding.moved_at > STALL_S
         for held in self._holding.in_order(model, now):
-            least = float(queue_s.min())
-            if least > HOLD_S:
+            if queue_s.min() > HOLD_S and not stalled:
                 break
             if len(held.own) != len(slots) or now - held.compared_at > STALE_S:
                 self._compare_again(held, now)
             best = int(np.argmin(held.own + queue_s))
-            if queue_s[best] <= HOLD_S:
+            if queue_s[best] <= HOLD_S or stalled:
                 try:
                     comparison = self._compare(held.request, now)
-                    if _nearly_free(comparison):
+                    if stalled or _nearly_free(comparison):
                         decision = self._placed(held.request, comparison, now, now - held.since)
                         gone.append((held.request.request_id, decision))
-                        best = comparison.chosen
+                        best, stalled = comparison.chosen, False
                 except Overloaded:  # all workers are full, or the router is
                     break
             queue_s[best] += held.rows.prefill_s[best]
@@ -278,7 +278,8 @@ class Router:
         slots, card = self._able(held.request.model)
         held.rows = self._candidates(held.request, slots, card.block_size, now)
         scores = self._policy(held.request).scores(_prompt(held.request), held.rows)
-        held.own, held.compared_at = scores - held.rows.queue_s, now
+        held.own, held.work_s = scores - held.rows.queue_s, float(held.rows.prefill_s.min())
+        held.compared_at = now
 
     def explain(self, request: RouteRequest, now: float) -> Decision:
         """What route would decide; reserves nothing. Raises the same, Duplicate apart."""

@@ -21,6 +21,8 @@ MAX_HELD = 4096
 """Requests; further ones go to workers at once."""
 MAX_CONSIDERED = 64
 """Of these, the first in order, at a time: the others cannot go before them."""
+STALL_S = 5.0
+"""Where none has gone for so long, the first goes to its best worker, free or not: others may keep all of them busy."""
 PATIENCE_S = 0.05
 """Held requests are looked at again after that, whatever is heard."""
 
@@ -33,12 +35,8 @@ class Held:
     since: float
     rows: Candidates
     own: Floats  # (workers,): its score on each, queues apart
+    work_s: float  # its own prefill where that is least
     compared_at: float
-
-    @property
-    def work_s(self) -> float:
-        """Its own prefill where that is least."""
-        return float(self.rows.prefill_s.min())
 
 
 class Holding:
@@ -46,6 +44,7 @@ class Holding:
 
     def __init__(self) -> None:
         self._held: dict[str, Held] = {}
+        self.moved_at = 0.0  # when one went last, or the first of those here came
 
     def __len__(self) -> int:
         return len(self._held)
@@ -60,11 +59,18 @@ class Holding:
 
     def add(self, held: Held) -> None:
         """Hold one that is not held yet."""
+        if not self._held:
+            self.moved_at = held.since
         self._held[held.request.request_id] = held
 
     def remove(self, request_id: str) -> bool:
-        """It goes, or is given up; false for one that is not held."""
+        """It is given up; false for one that is not held."""
         return self._held.pop(request_id, None) is not None
+
+    def let_go(self, request_id: str, now: float) -> None:
+        """It goes."""
+        del self._held[request_id]
+        self.moved_at = now
 
     def models(self) -> list[str]:
         """The models that requests are held for, as they name them."""

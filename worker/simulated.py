@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -11,9 +13,9 @@ import numpy as np
 from kv_events.log import EventLog
 from radix.hashing import SALT_BYTES, BlockHasher
 from radix.keys import BlockKeys
+from worker.cached_block import CachedBlock, hash_of
 from worker.engine import EngineStatus, StepTimes
 from worker.plan import SamplingParams
-from worker.prefix_cache import CachedBlock
 from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
 from worker.sequence import EngineRequest, Sequence
 from worker.step_time import StepTimeModel
@@ -47,7 +49,6 @@ class SimulatedSequence(Sequence):
     turn's prompt names it anew."""
 
     last: int = 1  # tokens of prompt and answer: with them it ends
-    given: int = 0  # leading blocks that are there for nothing (SharedCacheScheduler)
 
     def contents(self, count: int) -> list[CachedBlock]:
         """See Sequence."""
@@ -55,17 +56,34 @@ class SimulatedSequence(Sequence):
 
 
 class SharedCacheScheduler(Scheduler):
-    """A bound for what routing can reach: each sequence's `given` blocks come at once from a cache without end."""
+    """A bound for what routing can reach: what any worker has computed is in a cache without end, at hand for all."""
+
+    def __init__(self, config: SchedulerConfig, computed: AbstractSet[int]) -> None:
+        """`computed`: block hashes, which others add to."""
+        super().__init__(config)
+        self._computed = computed
 
     def _start(self, sequence: Sequence, cached: list[int]) -> list[tuple[int, int]]:
         loads = super()._start(sequence, cached)
-        given = cast(SimulatedSequence, sequence).given * self.config.block_size
+        given = self.config.block_size * leading(
+            (hash_of(content.key) for content in sequence.reusable()), self._computed
+        )
         if given > sequence.computed:
             if sequence.cached_tokens == sequence.computed:
                 self.cached_prompt_tokens += given - sequence.computed
                 sequence.cached_tokens = given
             sequence.computed = given
         return loads
+
+
+def leading(hashes: Iterable[int], known: AbstractSet[int]) -> int:
+    """How many of them, from the first on, are known."""
+    depth = 0
+    for block_hash in hashes:
+        if block_hash not in known:
+            break
+        depth += 1
+    return depth
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,10 +109,10 @@ class SimulatedWorker:
         model: StepTimeModel,
         *,
         host_token_s: float = 0.0,
-        shared_cache: bool = False,
+        computed: AbstractSet[int] | None = None,
     ) -> None:
-        """`host_token_s`: to bring a token's KV back from the host tier. `shared_cache`: see SharedCacheScheduler."""
-        self.scheduler = SharedCacheScheduler(config) if shared_cache else Scheduler(config)
+        """`host_token_s`: to bring a token's KV back from the host tier. `computed`: see SharedCacheScheduler."""
+        self.scheduler = Scheduler(config) if computed is None else SharedCacheScheduler(config, computed)
         self.log = EventLog(worker_id, 1, config.block_size)
         self._host_block_s = host_token_s * config.block_size
         self._model = model
@@ -120,7 +138,6 @@ class SimulatedWorker:
         output_tokens: int,
         block_hashes: AnySequence[int],
         priority: int = 0,
-        given: int = 0,
     ) -> None:
         """Queue a request. `block_hashes` of its prompt's full blocks name each block with all before it.
 
@@ -132,9 +149,7 @@ class SimulatedWorker:
         request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
         tokens = TokenCount(prompt_tokens)
         last = prompt_tokens + output_tokens
-        self.scheduler.add(
-            SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last, given=given)
-        )
+        self.scheduler.add(SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last))
         self._arrivals += 1
 
     def begin(self, now: float) -> float | None:
@@ -217,8 +232,10 @@ class SimulatedWorker:
     def _steps_alike(self, entry: Scheduled) -> int:
         """Decode steps until this sequence ends or needs a block."""
         sequence = cast(SimulatedSequence, entry.sequence)
+        if sequence.remaining > 1 or sequence.computed < sequence.prompt_len:
+            return 1
         room = len(sequence.blocks) * self.scheduler.config.block_size
-        return max(1, min(sequence.last, room) - sequence.computed)
+        return max(1, min(sequence.last - 1, room) - sequence.computed)
 
     def _ends_at(self) -> float:
         if self._chunks:

@@ -96,7 +96,8 @@ async def open_targets(target: str = DEFAULT_TARGET, workers: Collection[str] = 
     """Open what `target` names: `router://host:port`, a bus URL (kv_events.bus.url) or a recording's file.
 
     `workers` keeps to these; of a router and a recording, which know theirs, each must be there. Raises InvalidRequest
-    for what is no target, RecordingError for a damaged recording, Unavailable for a router that cannot be reached. A bus is reached when it is first read.
+    for what is no target, RecordingError for a damaged recording, Unavailable for a router that cannot be reached. A
+    bus is reached when it is first read.
     """
     opened = Targets(target, _only=frozenset(workers))
     async with AsyncExitStack() as stack:

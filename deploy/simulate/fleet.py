@@ -23,7 +23,7 @@ from router.fleet import ModelCard, WorkerInfo, WorkerReport
 from router.table import Floats
 from worker.engine import EngineStatus
 from worker.scheduler import SchedulerConfig
-from worker.simulated import SimulatedWorker
+from worker.simulated import SimulatedWorker, leading
 from worker.step_time import Hardware
 
 LEASE_S = 1e9  # nobody dies in a simulation
@@ -51,7 +51,7 @@ class Outcome:
     routed_at: float = np.nan
     first_token_at: float = np.nan
     finished_at: float = np.nan
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # by the router's tree
     predicted_ttft_s: float = np.nan
     refused: bool = False
 
@@ -80,7 +80,7 @@ class _BoundRouter(Router):
         return self.route(request, now)
 
     def _depths(self, request: RouteRequest) -> Floats:
-        return np.full((2, len(self.index.slot_names)), float(_leading(request.hashes, self._computed)))
+        return np.full((2, len(self.index.slot_names)), float(leading(request.hashes.tolist(), self._computed)))
 
 
 class Fleet:
@@ -139,7 +139,7 @@ class Fleet:
                     config,
                     hardware.steps,
                     host_token_s=hardware.host_token_s,
-                    shared_cache=policy == BOUND,
+                    computed=self._computed,
                 )
             )
             self._ends.append(-1)
@@ -225,6 +225,7 @@ class Fleet:
     def _send(self, number: int, decision: Decision) -> None:
         outcome = self.outcomes[number]
         outcome.routed_at = self.now
+        outcome.cached_tokens = decision.cached_tokens
         outcome.predicted_ttft_s = decision.predicted_ttft_s + decision.held_s
         outcome.worker = int(decision.worker_id.removeprefix("worker-"))
         self._at(self.now + self._network.delay_s, lambda: self._accept(number))
@@ -238,10 +239,8 @@ class Fleet:
         worker = self.workers[outcome.worker]
         try:
             hashes = self._hashes[number].tolist()
-            given = 0 if self._computed is None else _leading(self._hashes[number], self._computed)
-            given = min(given, (outcome.prompt_tokens - 1) // self._config.block_size)
             priority = self.trace.requests[number].priority
-            worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, hashes, priority, given)
+            worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, hashes, priority)
         except Overloaded:
             self._replica_of(number).router.finish(str(number), self.now)
             self._refuse(number)
@@ -320,11 +319,12 @@ class Fleet:
     def _deliver(self, replica: _Replica, number: int, batch: EventBatch) -> None:
         view = replica.router.view(f"worker-{number}")
         needed = view.offer(batch)
-        if needed is Resync.REPLAY:
-            missing = [entry.batch for entry in self.workers[number].log.read(view.position()[1], MAX_REPLAYED)]
+        log, (_, from_seq) = self.workers[number].log, view.position()
+        if needed is Resync.REPLAY and from_seq >= log.first_seq:
+            missing = [entry.batch for entry in log.read(from_seq, MAX_REPLAYED)]
             self._at(self.now + 2 * self._network.event_delay_s, partial(_replay, view, missing))
-        elif needed is Resync.SNAPSHOT:
-            snapshot = self.workers[number].log.snapshot()
+        elif needed is not Resync.NONE:
+            snapshot = log.snapshot()
             self._at(self.now + 2 * self._network.event_delay_s, partial(_restore, view, snapshot))
 
 
@@ -343,14 +343,6 @@ def _hashes(block_ids: Sequence[int]) -> Hashes:
     values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return values ^ (values >> np.uint64(31))
-
-
-def _leading(hashes: Hashes, known: set[int]) -> int:
-    """How many of them, from the first on, are known."""
-    for depth, block_hash in enumerate(hashes.tolist()):
-        if block_hash not in known:
-            return depth
-    return len(hashes)
 
 
 def _report_of(status: EngineStatus) -> WorkerReport:

@@ -1,4 +1,4 @@
-"""predicted-ttft, the default: the worker that will answer soonest, and that is slowed down the least by it."""
+"""predicted-ttft, the default: the worker that will answer soonest, and that others lose the least by."""
 
 from __future__ import annotations
 
@@ -8,14 +8,22 @@ from router.candidates import Candidates
 from router.policies.base import Policy, Prompt
 from router.table import Floats
 
-OWN_WEIGHT = 0.25
-JOIN_WEIGHT = 1.0
+FULL_WEIGHT = 3.0
+"""What a placement takes from others is its prefill, again so many times the share of the pool that is in use there:
+the fuller a pool, the sooner what it caches is pushed out. Measured on traces short of prefill and short of memory."""
+EVEN_FULL = 0.5  # of the least full pool's share counts for nothing: where all are full, waiting helps nobody
 TIE_S = 0.001
-TIE_SHARE = 0.02
+TIE_SHARE = 0.1
+MOST_TIE_S = 0.1
 
 
 class PredictedTtft(Policy):
-    """The least predicted time to the first token, the own prefill counted again for those that will wait behind it."""
+    """The least predicted time to the first token, with what the others lose by it.
+
+    These are the requests that wait for their first step there: a prefill that joins them makes it longer, up to a
+    step's budget. And those to come, whose prefixes it pushes out of the cache. Near ties are as good as each other:
+    broken by index, they would overload the first worker.
+    """
 
     name = "predicted-ttft"
     holds = True
@@ -23,9 +31,11 @@ class PredictedTtft(Policy):
 
     def scores(self, prompt: Prompt, candidates: Candidates) -> Floats:
         """See Policy."""
-        others_s = candidates.waiting * np.minimum(candidates.prefill_s, candidates.budget * candidates.token_s)
-        return candidates.ttft_s + OWN_WEIGHT * candidates.prefill_s + JOIN_WEIGHT * others_s
+        joined_s = candidates.waiting * np.minimum(candidates.prefill_s, candidates.budget * candidates.token_s)
+        full = candidates.blocks_in_use / candidates.blocks_total
+        pushed_out_s: Floats = FULL_WEIGHT * (full - EVEN_FULL * full.min()) * candidates.prefill_s
+        return candidates.ttft_s + joined_s + pushed_out_s
 
     def tie(self, least: float) -> float:
-        """See Policy: broken by index, ties overload the first worker."""
-        return least + max(TIE_S, TIE_SHARE * least)
+        """See Policy."""
+        return least + TIE_S + min(TIE_SHARE * max(least, 0.0), MOST_TIE_S)

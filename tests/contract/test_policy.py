@@ -19,7 +19,7 @@ from router.candidates import Candidates
 from router.policies import POLICIES, Policy, Prompt, make_policy, peers, plain
 from router.policies.peers import SglangCacheAware
 from router.policies.plain import LOAD_FACTOR, PREFIX_BLOCKS, Sticky
-from router.policies.predicted import JOIN_WEIGHT, OWN_WEIGHT
+from router.policies.predicted import EVEN_FULL, FULL_WEIGHT
 from router.table import Floats
 from tests.support.candidates import PlainQuestion, PlainWorker, plain_questions
 
@@ -29,7 +29,11 @@ FEW = settings(max_examples=30)  # for each of a dozen policies
 
 
 def hashes_of(*blocks: int) -> Hashes:
-    return np.array(blocks, np.uint64)
+    """A chain: each hash stands for its block and all before it, as real ones do."""
+    chain: list[int] = []
+    for block in blocks:
+        chain.append(4 * chain[-1] + block if chain else block)  # blocks are 1 to 3, and few
+    return np.array(chain, np.uint64)
 
 
 PROMPTS = st.builds(
@@ -169,10 +173,12 @@ def llm_d(question: PlainQuestion, worker: PlainWorker) -> float:
 
 
 def predicted_ttft(question: PlainQuestion, worker: PlainWorker) -> float:
-    """Its own prefill counts again, and what it adds to the first step of each request that waits there."""
+    """Its own prefill counts again as the pool is full, and it adds to the first step of each that waits there."""
     own_s = question.prefill_s(worker)
     joined_s = question.waiting(worker) * min(own_s, worker.budget * worker.token_s)
-    return question.ttft_s(worker) + OWN_WEIGHT * own_s + JOIN_WEIGHT * joined_s
+    full = [question.in_use(each) / each.blocks_total for each in question.workers]
+    here = question.in_use(worker) / worker.blocks_total
+    return question.ttft_s(worker) + joined_s + FULL_WEIGHT * (here - EVEN_FULL * min(full)) * own_s
 
 
 RULES: dict[str, Rule] = {
@@ -333,9 +339,10 @@ def test_sglang_follows_its_own_decisions(
 
 
 def test_predicted_ttft_ties_within_what_cannot_be_told_apart() -> None:
-    """A millisecond, or a fiftieth of the least."""
+    """A millisecond, and a tenth of the least, but a tenth of a second at most."""
     policy = make_policy("predicted-ttft")
     assert policy.tie(0.0) == pytest.approx(0.001)
-    assert policy.tie(10.0) == pytest.approx(10.2)
+    assert policy.tie(0.5) == pytest.approx(0.551)
+    assert policy.tie(10.0) == pytest.approx(10.101)
     assert policy.holds
     assert not any(POLICIES[name].holds for name in NAMES if name != "predicted-ttft")

@@ -14,7 +14,7 @@ from router import holding, load
 from router.core import Router, RouteRequest
 from router.decision import Decision
 from router.fleet import ModelCard, WorkerInfo
-from router.holding import AGE_WEIGHT, HOLD_S, MAX_CONSIDERED
+from router.holding import AGE_WEIGHT, HOLD_S, MAX_CONSIDERED, STALL_S
 
 CARD = ModelCard("m", max_model_len=100_000, vocab_size=100, block_size=16, tokenizer_sha256="abc")
 LONG = 20_000  # tokens: seconds of work
@@ -86,9 +86,21 @@ def test_a_prompt_that_takes_longer_than_predicted_is_waited_for() -> None:
     router.submit(ask("a"), 0.0)
     head_s = router.explain(ask("b"), 0.0).candidates[0].queue_s
     assert 0.1 * head_s > HOLD_S
-    assert gone(router, 10 * head_s) == {}
-    free(router, "w0", 10 * head_s)
-    assert gone(router, 10 * head_s) == {"a": "w0"}
+    assert gone(router, STALL_S) == {}
+    free(router, "w0", STALL_S)
+    assert gone(router, STALL_S) == {"a": "w0"}
+
+
+def test_nobody_waits_for_ever_behind_the_work_of_others() -> None:
+    """Where none has gone for STALL_S one goes, then the next after that."""
+    router = busy()
+    for name in "ab":
+        assert router.submit(ask(name), 0.0) is None
+    assert gone(router, STALL_S) == {}
+    first = gone(router, STALL_S + 0.1)
+    assert len(first) == 1
+    assert gone(router, STALL_S + 0.2) == {}
+    assert {**first, **gone(router, 2 * STALL_S + 0.3)} == {"a": "w0", "b": "w0"}
 
 
 def test_the_least_work_goes_first() -> None:

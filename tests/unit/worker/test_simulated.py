@@ -20,9 +20,6 @@ BLOCK = 4
 STEPS = StepTimeModel(24e-3, 16e-3, 0.05e-3, 3e-6, 0.7e-3, 2e-6)
 CURVED = StepTimeModel(24e-3, 16e-3, 0.05e-3, 3e-6, 0.7e-3, 2e-6, context_square_s=1e-8)
 
-# Leaps are a step too long, and skip a prompt's last token where it stands alone: to go with that.
-LEAPS = pytest.mark.xfail(reason="SimulatedWorker._steps_alike counts too many steps", strict=False)
-
 
 def config(num_blocks: int = 40, host_blocks: int = 0, max_waiting: int = 256) -> SchedulerConfig:
     """A small worker: four sequences at once, sixteen tokens a step."""
@@ -114,7 +111,6 @@ def schedules(draw: st.DrawFn, longest: int) -> list[Arrival]:
     return arrivals
 
 
-@LEAPS
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), blocks=st.sampled_from([10, 14, 40]), host=st.sampled_from([0, 12]), curved=st.booleans())
 def test_leaps_change_nothing(data: st.DataObject, blocks: int, host: int, curved: bool) -> None:
@@ -138,7 +134,6 @@ def test_leaps_change_nothing(data: st.DataObject, blocks: int, host: int, curve
         assert getattr(one.times, name) == pytest.approx(getattr(other.times, name), abs=1e-9), name
 
 
-@LEAPS
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), blocks=st.sampled_from([10, 14, 40]), host=st.sampled_from([0, 12]))
 def test_every_request_ends_once_and_no_sooner_than_its_own_work_takes(
@@ -174,7 +169,6 @@ def test_events_tell_the_whole_cache(data: st.DataObject, blocks: int, host: int
     assert len(worker.log) <= blocks + host
 
 
-@LEAPS
 def test_work_is_conserved() -> None:
     """What is neither cached nor computed again is computed once: prompt tokens are cached ones and prefilled ones."""
     arrivals = [Arrival(0.3 * n, str(n), 30 + n, 5, hashes_of(n % 3, 30 + n)) for n in range(30)]
@@ -200,7 +194,6 @@ def test_with_too_little_memory_some_are_preempted_and_all_end() -> None:
     assert seen.finished["0"] < seen.finished["3"]
 
 
-@LEAPS
 def test_a_prompt_that_is_there_already_costs_one_short_step() -> None:
     """The second of two equal prompts computes what its last block leaves, and no more."""
     arrivals = [Arrival(0.0, "cold", 33, 1, hashes_of(0, 33)), Arrival(9.0, "warm", 33, 1, hashes_of(0, 33))]

@@ -41,9 +41,6 @@ TRACE = Trace(
 )
 SETTING = Setting(TRACE, HARDWARE_70B, Network())
 
-# Leaps are a step too long, and skip a prompt's last token where it stands alone: to go with that.
-LEAPS = pytest.mark.xfail(reason="SimulatedWorker._steps_alike counts too many steps", strict=False)
-
 
 @lru_cache
 def replayed(slo: Slo = SETTING.slo, trace: Trace = TRACE, workers: int = 1) -> Run:
@@ -51,7 +48,6 @@ def replayed(slo: Slo = SETTING.slo, trace: Trace = TRACE, workers: int = 1) -> 
     return replay(replace(SETTING, slo=slo, trace=trace), Case("round-robin", workers, 1.0))
 
 
-@LEAPS
 def test_times_are_those_of_the_step_model() -> None:
     """On an idle worker a first token takes the network and its prefill; the second equal prompt has one token left."""
     cold = STEPS.step_s(0, 0, [(0, 2049)]) + DELAY_S
@@ -77,7 +73,6 @@ def test_shares_are_of_what_there_was() -> None:
     assert (row.held_share, math.isnan(row.held_mean_s)) == (0.0, True)
 
 
-@LEAPS
 def test_goodput_counts_those_that_keep_the_slo() -> None:
     """A bound on the first token that only the warm one keeps; one on the others that only the single token keeps."""
     assert replayed(Slo(ttft_s=0.05)).row.goodput == pytest.approx(1 / 3)
