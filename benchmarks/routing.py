@@ -34,7 +34,11 @@ def run(plan: Plan, known: list[Trace], find: bool, say: Say) -> list[Row]:
     rows: list[Row] = []
     for name, part in _parts(plan, known, find, say):
         start = time.perf_counter()
-        rows += part()
+        try:
+            rows += part()
+        except InvalidRequest as error:  # a trace that cannot be replayed, or saturates no fleet: others can
+            say(f"{name}: left out: {error}")
+            continue
         say(f"{name}: {time.perf_counter() - start:.1f} s")
     return rows
 

@@ -1,7 +1,8 @@
 """What a routing decision costs: from token ids to a worker, in process.
 
 The tree is the index benchmark's workload; each prompt, besides, has blocks held by four workers: all of them, half or
-none, in turn. A prompt's hashes are computed each time; nothing of one is kept from decision to decision.
+none, in turn. A prompt's hashes are computed each time; nothing of one is kept from decision to decision. Between
+decisions, untimed, a worker reports, a request comes to its first token, and one ends.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ HELD_SHARES = (1.0, 0.5, 0.0)  # of a prompt's blocks, on each of its holders
 IN_FLIGHT, PREFILLING = 4, 0.25  # requests for each worker; prefills for each worker
 INTERVAL_S = 0.01  # of the router's clock, between requests
 BLOCKS = 1 << 16  # of a worker's memory
+REPORT = WorkerReport(running=8, blocks_total=BLOCKS, blocks_in_use=BLOCKS // 4, blocks_cached=BLOCKS // 2)
 P50_US, P99_US = 60.0, 200.0
 
 
@@ -69,12 +71,11 @@ def _router(plan: Plan, hasher: BlockHasher, prompts: list[Tokens]) -> Router:
     router = Router(policy=OURS, lease_s=1e9)
     workers = plan.decision_workers
     card = ModelCard(MODEL, 2 * plan.decision_tokens, VOCABULARY, BLOCK_SIZE, "")
-    report = WorkerReport(running=4, blocks_total=BLOCKS, blocks_in_use=BLOCKS // 4, blocks_cached=BLOCKS // 2)
     for number in range(workers):
         name = f"worker-{number}"
         router.register(WorkerInfo(name, 1, f"{name}:1", card, BLOCKS, 256, 4096, 8192), 0.0)
         router.set_ready(name, 1)
-        router.heartbeat(name, 1, report, 0.0)
+        router.heartbeat(name, 1, REPORT, 0.0)
     tree = router.index.tree
     rng = np.random.default_rng(3)
     for number, tokens in enumerate(prompts):
@@ -103,6 +104,7 @@ def _times(
     held, now = 0, 0.0
     for number, prompt in enumerate(order.tolist()):
         now += INTERVAL_S
+        router.heartbeat(f"worker-{number % plan.decision_workers}", 1, REPORT, now)
         tokens, name = prompts[prompt], str(number)
         start = perf_counter_ns()
         hashes = hashes_of(hasher.keys(tokens))

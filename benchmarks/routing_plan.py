@@ -43,7 +43,16 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(workers=(8,), loads=(0.8, 1.0), requests=1_500, generated=1_500, carried=False, decisions=5_000)
+_FIRST_SYNTHETIC = ("synthetic", 1.493 / 8)  # of its first 1,500 requests at 8 workers, as --find-saturation finds it
+QUICK = Plan(
+    workers=(8,),
+    loads=(0.8, 1.0),
+    requests=1_500,
+    generated=1_500,
+    carried=False,
+    decisions=5_000,
+    saturations=(*FULL.saturations, _FIRST_SYNTHETIC),
+)
 
 
 def traces(plan: Plan, files: Sequence[Path]) -> list[Trace]:

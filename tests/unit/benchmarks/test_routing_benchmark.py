@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from benchmarks import routing
 from benchmarks.routing_plan import Plan, traces
+from benchmarks.routing_policies import carried_rows
 from deploy.traces.synthesize import synthesize
 from deploy.traces.trace import write_trace
 from deploy.traces.workload import PRESETS
@@ -67,6 +69,26 @@ def test_every_part_of_the_benchmark_gives_its_rows(
     best = rows["chat N2 load 1 mean TTFT vs best other"]
     assert best["ratio"] == pytest.approx(best["peer"] / best["ours"], rel=1e-2)
     assert "simulated requests" in capsys.readouterr().out
+
+
+def test_a_trace_that_saturates_no_fleet_leaves_the_other_rows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It is said on standard error; what needs no saturation is measured all the same."""
+    path = tmp_path / "single.jsonl"
+    write_trace(synthesize(PRESETS["chat"], 1, seed=3), path)
+    assert routing.main(["--trace", str(path)], TINY) == 0
+    told = capsys.readouterr()
+    assert "left out" in told.err
+    assert "decision p50" in told.out
+
+
+def test_the_rate_carried_is_compared_where_it_is_asked_for() -> None:
+    """One row, against the peer's defaults, at the most workers."""
+    found = carried_rows(replace(TINY, workers=(1,)), synthesize(PRESETS["chat"], 40, seed=3))
+    assert [each.what for each in found] == ["chat N1 rate carried"]
+    assert found[0].peer_name == "dynamo"
+    assert found[0].ratio is not None
 
 
 def test_without_files_there_are_traces_all_the_same() -> None:
