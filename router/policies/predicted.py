@@ -11,6 +11,7 @@ from router.table import Floats
 FULL_WEIGHT = 3.0
 """What a placement takes from others is its prefill, again so many times the share of the pool that is in use there:
 the fuller a pool, the sooner what it caches is pushed out. Measured on traces short of prefill and short of memory."""
+MOST_PUSHED_S = 2.0  # of a prefill: a longer one would wait too long for an emptier pool
 EVEN_FULL = 0.5  # of the least full pool's share counts for nothing: where all are full, waiting helps nobody
 TIE_S = 0.001
 TIE_SHARE = 0.1
@@ -33,8 +34,8 @@ class PredictedTtft(Policy):
         """See Policy."""
         joined_s = candidates.waiting * np.minimum(candidates.prefill_s, candidates.budget * candidates.token_s)
         full = candidates.blocks_in_use / candidates.blocks_total
-        pushed_out_s: Floats = FULL_WEIGHT * (full - EVEN_FULL * full.min()) * candidates.prefill_s
-        return candidates.ttft_s + joined_s + pushed_out_s
+        pushed_out: Floats = FULL_WEIGHT * (full - EVEN_FULL * full.min())
+        return candidates.ttft_s + joined_s + pushed_out * np.minimum(candidates.prefill_s, MOST_PUSHED_S)
 
     def tie(self, least: float) -> float:
         """See Policy."""

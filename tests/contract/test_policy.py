@@ -19,7 +19,7 @@ from router.candidates import Candidates
 from router.policies import POLICIES, Policy, Prompt, make_policy, peers, plain
 from router.policies.peers import SglangCacheAware
 from router.policies.plain import LOAD_FACTOR, PREFIX_BLOCKS, Sticky
-from router.policies.predicted import EVEN_FULL, FULL_WEIGHT
+from router.policies.predicted import EVEN_FULL, FULL_WEIGHT, MOST_PUSHED_S
 from router.table import Floats
 from tests.support.candidates import PlainQuestion, PlainWorker, plain_questions
 
@@ -178,7 +178,7 @@ def predicted_ttft(question: PlainQuestion, worker: PlainWorker) -> float:
     joined_s = question.waiting(worker) * min(own_s, worker.budget * worker.token_s)
     full = [question.in_use(each) / each.blocks_total for each in question.workers]
     here = question.in_use(worker) / worker.blocks_total
-    return question.ttft_s(worker) + joined_s + FULL_WEIGHT * (here - EVEN_FULL * min(full)) * own_s
+    return question.ttft_s(worker) + joined_s + FULL_WEIGHT * (here - EVEN_FULL * min(full)) * min(own_s, MOST_PUSHED_S)
 
 
 RULES: dict[str, Rule] = {
