@@ -16,7 +16,6 @@ SGLANG_MATCH_SHARE = (
 SGLANG_IMBALANCE = 64
 SGLANG_IMBALANCE_FACTOR = 1.5
 SGLANG_TREE_BLOCKS = 2**22  # of the approximate tree, over all workers
-DYNAMO_BLOCK = 16.0  # tokens: its cost counts in blocks of this size, whatever ours is
 
 
 class SglangCacheAware(Policy):
