@@ -67,6 +67,24 @@ class EngineStatus:
     cached_prompt_tokens: int
 
 
+def status_of(scheduler: Scheduler, times: StepTimes) -> EngineStatus:
+    """The load of a worker with this scheduler."""
+    pool = scheduler.cache.pool
+    sequences = (*scheduler.running, *scheduler.waiting)
+    return EngineStatus(
+        running=len(scheduler.running),
+        waiting=len(scheduler.waiting),
+        blocks_total=pool.num_blocks,
+        blocks_in_use=pool.in_use,
+        blocks_cached=pool.idle,
+        prefill_tokens_outstanding=sum(s.prefill_outstanding for s in sequences if s.computed < s.prompt_len),
+        times=replace(times),
+        preemptions=scheduler.preemptions,
+        prompt_tokens=scheduler.prompt_tokens,
+        cached_prompt_tokens=scheduler.cached_prompt_tokens,
+    )
+
+
 @dataclass(slots=True)
 class _Request:
     """A request's choices that have not ended."""
@@ -164,20 +182,7 @@ class Engine:
         self.clear_cache()
 
     def status(self) -> EngineStatus:
-        pool = self.scheduler.cache.pool
-        sequences = (*self.scheduler.running, *self.scheduler.waiting)
-        return EngineStatus(
-            running=len(self.scheduler.running),
-            waiting=len(self.scheduler.waiting),
-            blocks_total=pool.num_blocks,
-            blocks_in_use=pool.in_use,
-            blocks_cached=pool.idle,
-            prefill_tokens_outstanding=sum(sequence.prefill_outstanding for sequence in sequences),
-            times=replace(self._times),
-            preemptions=self.scheduler.preemptions,
-            prompt_tokens=self.scheduler.prompt_tokens,
-            cached_prompt_tokens=self.scheduler.cached_prompt_tokens,
-        )
+        return status_of(self.scheduler, self._times)
 
     def progress_since(self, position: int) -> tuple[int, list[str], list[str]]:
         """Request ids that got their first token, and that ended, from `position` on; and the next position.

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from collections.abc import Set as AbstractSet
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import numpy as np
@@ -14,7 +14,7 @@ from kv_events.log import EventLog
 from radix.hashing import SALT_BYTES, BlockHasher
 from radix.keys import BlockKeys
 from worker.cached_block import CachedBlock, hash_of
-from worker.engine import EngineStatus, StepTimes
+from worker.engine import EngineStatus, StepTimes, status_of
 from worker.plan import SamplingParams
 from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
 from worker.sequence import EngineRequest, Sequence
@@ -213,21 +213,7 @@ class SimulatedWorker:
 
     def status(self) -> EngineStatus:
         """As of the end of the last step, as an engine reports it."""
-        scheduler, pool = self.scheduler, self.scheduler.cache.pool
-        return EngineStatus(
-            running=len(scheduler.running),
-            waiting=len(scheduler.waiting),
-            blocks_total=pool.num_blocks,
-            blocks_in_use=pool.in_use,
-            blocks_cached=pool.idle,
-            prefill_tokens_outstanding=sum(
-                s.prefill_outstanding for s in (*scheduler.running, *scheduler.waiting) if s.computed < s.prompt_len
-            ),
-            times=replace(self._times),
-            preemptions=scheduler.preemptions,
-            prompt_tokens=scheduler.prompt_tokens,
-            cached_prompt_tokens=scheduler.cached_prompt_tokens,
-        )
+        return status_of(self.scheduler, self._times)
 
     def _steps_alike(self, entry: Scheduled) -> int:
         """Decode steps until this sequence ends or needs a block."""

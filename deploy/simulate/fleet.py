@@ -20,6 +20,7 @@ from rhizome.errors import Overloaded, RhizomeError
 from router.core import Router, RouteRequest
 from router.decision import Decision
 from router.fleet import ModelCard, WorkerInfo, WorkerReport
+from router.holding import PATIENCE_S
 from router.table import Floats
 from worker.engine import EngineStatus
 from worker.scheduler import SchedulerConfig
@@ -192,7 +193,7 @@ class Fleet:
         if outcome.prompt_tokens + outcome.output_tokens > self._config.max_model_len:
             self._refuse(number)
             return
-        replica = self._replicas[number % len(self._replicas)]
+        replica = self._replica_of(number)
         request = RouteRequest(
             str(number), "simulated", outcome.prompt_tokens, hashes, session=traced.session, priority=traced.priority
         )
@@ -216,7 +217,7 @@ class Fleet:
                 self._refuse(int(request_id))
         if replica.router.held and not replica.waking:
             replica.waking = True
-            self._at(self.now + 0.05, lambda: self._wake(replica))
+            self._at(self.now + PATIENCE_S, lambda: self._wake(replica))
 
     def _wake(self, replica: _Replica) -> None:
         replica.waking = False
