@@ -72,6 +72,8 @@ class WorkerReport:
     preemptions: int = 0
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0
+    host_cached_prompt_tokens: int = 0
+    next_event_seq: int = 0  # of its event log; 0: not told
     prefilled_request_ids: tuple[str, ...] = ()
     finished_request_ids: tuple[str, ...] = ()
 

@@ -65,10 +65,12 @@ class EngineStatus:
     preemptions: int
     prompt_tokens: int
     cached_prompt_tokens: int
+    host_cached_prompt_tokens: int  # of these, in the host tier alone
+    next_event_seq: int  # of the event log
 
 
-def status_of(scheduler: Scheduler, times: StepTimes) -> EngineStatus:
-    """The load of a worker with this scheduler."""
+def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineStatus:
+    """The load of a worker with this scheduler and log."""
     pool = scheduler.cache.pool
     sequences = (*scheduler.running, *scheduler.waiting)
     return EngineStatus(
@@ -82,6 +84,8 @@ def status_of(scheduler: Scheduler, times: StepTimes) -> EngineStatus:
         preemptions=scheduler.preemptions,
         prompt_tokens=scheduler.prompt_tokens,
         cached_prompt_tokens=scheduler.cached_prompt_tokens,
+        host_cached_prompt_tokens=scheduler.host_cached_prompt_tokens,
+        next_event_seq=log.next_seq,
     )
 
 
@@ -182,7 +186,7 @@ class Engine:
         self.clear_cache()
 
     def status(self) -> EngineStatus:
-        return status_of(self.scheduler, self._times)
+        return status_of(self.scheduler, self._times, self.event_log)
 
     def progress_since(self, position: int) -> tuple[int, list[str], list[str]]:
         """Request ids that got their first token, and that ended, from `position` on; and the next position.

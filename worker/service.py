@@ -198,6 +198,8 @@ def status_message(identity: WorkerIdentity, status: EngineStatus) -> worker_pb2
         preemptions=status.preemptions,
         prompt_tokens=status.prompt_tokens,
         cached_prompt_tokens=status.cached_prompt_tokens,
+        host_cached_prompt_tokens=status.host_cached_prompt_tokens,
+        next_event_seq=status.next_event_seq,
     )
 
 

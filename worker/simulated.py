@@ -213,7 +213,7 @@ class SimulatedWorker:
 
     def status(self) -> EngineStatus:
         """As of the end of the last step, as an engine reports it."""
-        return status_of(self.scheduler, self._times)
+        return status_of(self.scheduler, self._times, self.log)
 
     def _steps_alike(self, entry: Scheduled) -> int:
         """Decode steps until this sequence ends or needs a block."""

@@ -278,6 +278,8 @@ class WorkerEntry(_message.Message):
     EVENT_GAPS_FIELD_NUMBER: _builtins.int
     DIGEST_MISMATCHES_FIELD_NUMBER: _builtins.int
     EVENTS_MALFORMED_FIELD_NUMBER: _builtins.int
+    PREDICTIONS_FIELD_NUMBER: _builtins.int
+    PACE_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     address: _builtins.str
@@ -304,10 +306,16 @@ class WorkerEntry(_message.Message):
     """times that the digest showed a wrong view"""
     events_malformed: _builtins.int
     """what came and was not a batch"""
+    pace: _builtins.float
+    """how long its steps take now, beside what was learned in the last minute"""
     @_builtins.property
     def model(self) -> _fleet_pb2.ModelCard: ...
     @_builtins.property
     def status(self) -> _worker_pb2.WorkerStatus: ...
+    @_builtins.property
+    def predictions(self) -> Global___Predictions:
+        """of requests that went there"""
+
     def __init__(
         self,
         *,
@@ -332,30 +340,73 @@ class WorkerEntry(_message.Message):
         event_gaps: _builtins.int = ...,
         digest_mismatches: _builtins.int = ...,
         events_malformed: _builtins.int = ...,
+        predictions: Global___Predictions | None = ...,
+        pace: _builtins.float = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "status", b"status"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model", "predictions", b"predictions", "status", b"status"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "digest_mismatches", b"digest_mismatches", "draining", b"draining", "epoch", b"epoch", "event_gaps", b"event_gaps", "events_applied", b"events_applied", "events_duplicate", b"events_duplicate", "events_malformed", b"events_malformed", "events_stale", b"events_stale", "events_url", b"events_url", "in_flight", b"in_flight", "index_digest", b"index_digest", "index_synced", b"index_synced", "indexed_blocks", b"indexed_blocks", "lease_left_s", b"lease_left_s", "model", b"model", "next_event_seq", b"next_event_seq", "resyncs", b"resyncs", "role", b"role", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "digest_mismatches", b"digest_mismatches", "draining", b"draining", "epoch", b"epoch", "event_gaps", b"event_gaps", "events_applied", b"events_applied", "events_duplicate", b"events_duplicate", "events_malformed", b"events_malformed", "events_stale", b"events_stale", "events_url", b"events_url", "in_flight", b"in_flight", "index_digest", b"index_digest", "index_synced", b"index_synced", "indexed_blocks", b"indexed_blocks", "lease_left_s", b"lease_left_s", "model", b"model", "next_event_seq", b"next_event_seq", "pace", b"pace", "predictions", b"predictions", "resyncs", b"resyncs", "role", b"role", "status", b"status", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerEntry: _TypeAlias = WorkerEntry  # noqa: Y015
 
 @_typing.final
+class Predictions(_message.Message):
+    """How good the predicted times to first token were, over the latest requests whose first token was seen; seconds."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    REQUESTS_FIELD_NUMBER: _builtins.int
+    PREDICTED_MEAN_S_FIELD_NUMBER: _builtins.int
+    OBSERVED_MEAN_S_FIELD_NUMBER: _builtins.int
+    ERROR_P50_S_FIELD_NUMBER: _builtins.int
+    ERROR_P90_S_FIELD_NUMBER: _builtins.int
+    requests: _builtins.int
+    """since the start"""
+    predicted_mean_s: _builtins.float
+    observed_mean_s: _builtins.float
+    error_p50_s: _builtins.float
+    """of |predicted - observed|, within 10%"""
+    error_p90_s: _builtins.float
+    def __init__(
+        self,
+        *,
+        requests: _builtins.int = ...,
+        predicted_mean_s: _builtins.float = ...,
+        observed_mean_s: _builtins.float = ...,
+        error_p50_s: _builtins.float = ...,
+        error_p90_s: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["error_p50_s", b"error_p50_s", "error_p90_s", b"error_p90_s", "observed_mean_s", b"observed_mean_s", "predicted_mean_s", b"predicted_mean_s", "requests", b"requests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Predictions: _TypeAlias = Predictions  # noqa: Y015
+
+@_typing.final
 class ListWorkersResponse(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     WORKERS_FIELD_NUMBER: _builtins.int
+    PREDICTIONS_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def workers(self) -> _containers.RepeatedCompositeFieldContainer[Global___WorkerEntry]: ...
+    @_builtins.property
+    def predictions(self) -> Global___Predictions:
+        """of all requests"""
+
     def __init__(
         self,
         *,
         workers: _abc.Iterable[Global___WorkerEntry] | None = ...,
+        predictions: Global___Predictions | None = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["predictions", b"predictions"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["workers", b"workers"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["predictions", b"predictions", "workers", b"workers"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

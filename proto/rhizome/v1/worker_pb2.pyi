@@ -146,6 +146,8 @@ class WorkerStatus(_message.Message):
     PREFILL_DECODES_FIELD_NUMBER: _builtins.int
     PREFILL_CONTEXT_FIELD_NUMBER: _builtins.int
     DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
+    NEXT_EVENT_SEQ_FIELD_NUMBER: _builtins.int
+    HOST_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     running: _builtins.int
@@ -181,6 +183,10 @@ class WorkerStatus(_message.Message):
     """tokens of context that these read"""
     decode_context: _builtins.int
     """tokens of context that decode_tokens read"""
+    next_event_seq: _builtins.int
+    """of its KV events: batches below it were published; 0: not told"""
+    host_cached_prompt_tokens: _builtins.int
+    """of cached_prompt_tokens, those that the host tier alone held"""
     @_builtins.property
     def prefilled_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Requests whose first token was produced, and that ended, since the previous report to a router."""
@@ -213,10 +219,12 @@ class WorkerStatus(_message.Message):
         prefill_decodes: _builtins.int = ...,
         prefill_context: _builtins.int = ...,
         decode_context: _builtins.int = ...,
+        next_event_seq: _builtins.int = ...,
+        host_cached_prompt_tokens: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_context", b"decode_context", "decode_s", b"decode_s", "decode_steps", b"decode_steps", "decode_tokens", b"decode_tokens", "epoch", b"epoch", "finished_request_ids", b"finished_request_ids", "preemptions", b"preemptions", "prefill_attention", b"prefill_attention", "prefill_context", b"prefill_context", "prefill_decodes", b"prefill_decodes", "prefill_s", b"prefill_s", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "prefill_tokens_outstanding", b"prefill_tokens_outstanding", "prefilled_request_ids", b"prefilled_request_ids", "prompt_tokens", b"prompt_tokens", "running", b"running", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_context", b"decode_context", "decode_s", b"decode_s", "decode_steps", b"decode_steps", "decode_tokens", b"decode_tokens", "epoch", b"epoch", "finished_request_ids", b"finished_request_ids", "host_cached_prompt_tokens", b"host_cached_prompt_tokens", "next_event_seq", b"next_event_seq", "preemptions", b"preemptions", "prefill_attention", b"prefill_attention", "prefill_context", b"prefill_context", "prefill_decodes", b"prefill_decodes", "prefill_s", b"prefill_s", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "prefill_tokens_outstanding", b"prefill_tokens_outstanding", "prefilled_request_ids", b"prefilled_request_ids", "prompt_tokens", b"prompt_tokens", "running", b"running", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
