@@ -6,9 +6,10 @@ import asyncio
 import time
 
 from rhizome.errors import RhizomeError
-from router.core import Router, RouteRequest
+from router.core import Router
 from router.decision import Decision
 from router.holding import PATIENCE_S
+from router.request import RouteRequest
 
 
 class Dispatcher:

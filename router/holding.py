@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from router.candidates import Candidates
+from router.request import RouteRequest
 from router.table import Floats
-
-if TYPE_CHECKING:
-    from router.core import RouteRequest
 
 HOLD_S = 0.15
 """A worker with less than that to compute before a request is nearly free: enough not to run dry on the way."""

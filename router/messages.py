@@ -15,9 +15,9 @@ from rhizome import validate
 from rhizome.errors import InvalidRequest
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.candidates import Candidate
-from router.core import RouteRequest
 from router.decision import Decision
 from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
+from router.request import RouteRequest
 from router.tokenizing import PromptTokenizer
 
 _ID_LISTS = ("prefilled_request_ids", "finished_request_ids")

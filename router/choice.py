@@ -1,0 +1,176 @@
+"""The choice of a worker: who may take a request, what it means on each, and who is best. Reserves nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from rhizome.errors import Overloaded, Unavailable
+from router.candidates import Candidates
+from router.decision import Comparison, Decision, NobodyChosen, Overlap
+from router.fleet import Fleet, Member, ModelCard, Role
+from router.index import Index
+from router.policies import Policy, Prompt, make_policy
+from router.request import RouteRequest
+from router.table import Floats, Slots, WorkerTable
+
+MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
+
+
+class Choice:
+    """Reads fleet, index and table, which the Router keeps consistent; of its own it has the policies."""
+
+    def __init__(
+        self,
+        fleet: Fleet,
+        index: Index,
+        table: WorkerTable,
+        *,
+        held_blocks: Callable[[RouteRequest], Floats],
+        observed: Mapping[str, str],
+        policy: str,
+    ) -> None:
+        """`held_blocks` gives leading blocks of a prompt by slot, shape (2, slots): on the device, and in any tier."""
+        self._fleet = fleet
+        self._index = index
+        self._table = table
+        self._held_blocks = held_blocks
+        self._observed = observed
+        self._default_policy = policy
+        self._policies: dict[str, Policy] = {policy: make_policy(policy)}
+        self._able: dict[str, tuple[Slots, ModelCard]] = {}  # by model; forgotten when a member changes
+
+    def policy(self, request: RouteRequest) -> Policy:
+        """The request's, or the router's. Raises InvalidRequest for an unknown one."""
+        name = request.policy or self._default_policy
+        if name not in self._policies:
+            self._policies[name] = make_policy(name)
+        return self._policies[name]
+
+    # Who may take requests.
+
+    def members_changed(self) -> None:
+        """Some member came, went, or takes requests now and did not before, or the other way."""
+        self._able.clear()
+
+    def forget(self, slot: int) -> None:
+        """The worker of that slot is gone."""
+        for policy in self._policies.values():
+            policy.forget(slot)
+
+    def able(self, model: str) -> tuple[Slots, ModelCard]:
+        """Workers that take requests for a model, by slot, and its card. Raises NotServed, Unavailable."""
+        known = self._able.get(model)
+        if known is None:
+            card = self._fleet.card(model)
+            slots = sorted(self._index.slot(member.info.worker_id) for member in self._members_able(card.name))
+            known = self._able[model] = np.array(slots, np.intp), card
+        return known
+
+    def _members_able(self, model: str) -> list[Member]:
+        members = self._fleet.serving(model)
+        able = [member for member in members if _takes_requests(member)]
+        if not able:
+            partial = sum(member.info.role is not Role.BOTH for member in members)
+            draining = sum(member.draining for member in members)
+            starting = sum(not member.ready for member in members)
+            unreachable = sum(member.unreachable for member in members)
+            raise Unavailable(
+                f"no worker takes requests for model {model}: of {len(members)} registered, {draining} draining, "
+                f"{starting} starting, {unreachable} unreachable, {partial} of role prefill or decode (not both)"
+            )
+        return able
+
+    # What it means on each, and who is best.
+
+    def compare(self, request: RouteRequest, now: float) -> Comparison:
+        """All candidates with their scores, and the chosen one.
+
+        Raises NotServed, Unavailable, InvalidRequest, and Overloaded where all are full.
+        """
+        policy = self.policy(request)
+        rows, scores = self.scored(request, now)
+        room = rows.in_flight < rows.max_in_flight
+        if not room.all():
+            scores = np.where(room, scores, np.inf)
+            if not room.any():
+                raise _all_full(rows, self._index.slot_names)
+        least = scores[room].min()  # a policy that looks at some workers only may have found none with room
+        tied = np.flatnonzero((scores <= policy.tie(float(least))) & room)
+        chosen = int(tied[0])
+        if len(tied) > 1:
+            order = np.lexsort((rows.last_routed[tied], rows.in_flight[tied], -rows.free_blocks[tied]))
+            chosen = int(tied[order[0]])
+        return Comparison(rows, scores, chosen, len(tied) > 1, self._index.slot_names, policy.unit)
+
+    def scored(self, request: RouteRequest, now: float) -> tuple[Candidates, Floats]:
+        """All candidates, and their scores, whether they have room or not. Raises like `compare`, Overloaded apart."""
+        slots, card = self.able(request.model)
+        held_blocks = self._held_blocks(request)[:, slots]
+        values = self._table.of(slots)
+        rows = Candidates(slots, values, request.prompt_tokens, card.block_size, held_blocks, now)
+        return rows, self.policy(request).scores(prompt_of(request), rows)
+
+    # What is told of it.
+
+    def decision(self, request: RouteRequest, comparison: Comparison, held_s: float) -> Decision:
+        """The chosen worker and why."""
+        rows, row = comparison.rows, comparison.chosen
+        info = self._fleet.get(self._index.slot_names[rows.slots[row]]).info
+        return Decision(
+            request_id=request.request_id,
+            worker_id=info.worker_id,
+            epoch=info.epoch,
+            address=info.address,
+            policy=self.policy(request).name,
+            prompt_tokens=request.prompt_tokens,
+            cached_tokens=int(rows.cached_tokens[row]),
+            predicted_ttft_s=float(rows.ttft_s[row]),
+            held_s=held_s,
+            explanation=comparison,
+            observed=self._overlaps(request, rows.block_size) if self._observed else (),
+        )
+
+    def nobody(self, request: RouteRequest, block_size: int) -> Decision:
+        """What observed workers hold of a request for a model that no worker serves."""
+        why = f"no worker can be chosen: none is registered for model {request.model}, observed ones get no requests"
+        return Decision(
+            request_id=request.request_id,
+            worker_id="",
+            epoch=0,
+            address="",
+            policy="",
+            prompt_tokens=request.prompt_tokens,
+            cached_tokens=0,
+            predicted_ttft_s=0.0,
+            held_s=0.0,
+            explanation=NobodyChosen(why),
+            observed=self._overlaps(request, block_size),
+        )
+
+    def _overlaps(self, request: RouteRequest, block_size: int) -> tuple[Overlap, ...]:
+        depths = self._held_blocks(request)[1]
+        most = (request.prompt_tokens - 1) // block_size  # the last token is computed in any case
+        return tuple(
+            Overlap(worker_id, min(int(depths[self._index.slot(worker_id)]), most) * block_size)
+            for worker_id in self._observed
+        )
+
+
+def prompt_of(request: RouteRequest) -> Prompt:
+    """What policies see of a request."""
+    return Prompt(request.request_id, request.hashes, request.session, request.priority)
+
+
+def _takes_requests(member: Member) -> bool:
+    return member.ready and not member.draining and not member.unreachable and member.info.role is Role.BOTH
+
+
+def _all_full(rows: Candidates, names: Sequence[str]) -> Overloaded:
+    loads = list(zip(rows.slots.tolist(), rows.in_flight.tolist(), rows.max_in_flight.tolist(), strict=True))
+    counts = ", ".join(f"{names[slot]} {in_flight:.0f} of {most:.0f}" for slot, in_flight, most in loads[:8])
+    return Overloaded(
+        f"all {len(rows)} workers are full (sequences in flight: {counts})",
+        retry_after_s=min(MAX_RETRY_S, max(MIN_RETRY_S, float(rows.ttft_s.min()))),
+    )
