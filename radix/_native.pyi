@@ -118,3 +118,16 @@ def block_keys(
     lanes: int = 8,
 ) -> BlockKeys: ...
 def as_tokens(tokens: object) -> Tokens | None: ...
+def predict(
+    values: NDArray[np.float64],
+    slots: NDArray[np.intp],
+    held_blocks: NDArray[np.float64],
+    prompt_tokens: int,
+    block_size: int,
+    now: float,
+    head_left: float,
+    host_share: float,
+) -> NDArray[np.float64]: ...
+def queues_s(
+    values: NDArray[np.float64], slots: NDArray[np.intp], now: float, head_left: float
+) -> NDArray[np.float64]: ...

@@ -12,6 +12,7 @@ from router.decision import Comparison, Decision, NobodyChosen, Overlap
 from router.fleet import Fleet, Member, ModelCard, Role
 from router.index import Index
 from router.policies import Policy, Prompt, make_policy
+from router.prediction import Predicted
 from router.request import RouteRequest
 from router.table import Floats, Slots, WorkerTable
 
@@ -91,33 +92,34 @@ class Choice:
         """
         policy = self.policy(request)
         rows, scores = self.scored(request, now)
-        room = rows.in_flight < rows.max_in_flight
-        if not room.all():
-            scores = np.where(room, scores, np.inf)
-            if not room.any():
+        full = rows.in_flight >= rows.max_in_flight
+        if full[full.argmax()]:  # any of them; argmax and argmin cost a tenth of what NumPy's any, min and max do
+            scores = np.where(full, np.inf, scores)
+            if full.all():
                 raise _all_full(rows, self._index.slot_names)
-        least = scores[room].min()  # a policy that looks at some workers only may have found none with room
-        tied = np.flatnonzero((scores <= policy.tie(float(least))) & room)
-        chosen = int(tied[0])
+        least = scores.item(scores.argmin())
+        tied = (scores <= policy.tie(least)).nonzero()[0]
+        if least == np.inf:  # a policy that looks at some workers only has found none with room
+            tied = (~full).nonzero()[0]
+        chosen = tied.item(0)
         if len(tied) > 1:
             order = np.lexsort((rows.last_routed[tied], rows.in_flight[tied], -rows.free_blocks[tied]))
-            chosen = int(tied[order[0]])
-        return Comparison(rows, scores, chosen, len(tied) > 1, self._index.slot_names, policy.unit)
+            chosen = tied.item(order.item(0))
+        return Comparison(rows, rows.at(chosen), scores, chosen, len(tied) > 1, self._index.slot_names, policy.unit)
 
     def scored(self, request: RouteRequest, now: float) -> tuple[Candidates, Floats]:
         """All candidates, and their scores, whether they have room or not. Raises like `compare`, Overloaded apart."""
         slots, card = self.able(request.model)
-        held_blocks = self._held_blocks(request)[:, slots]
-        values = self._table.of(slots)
-        rows = Candidates(slots, values, request.prompt_tokens, card.block_size, held_blocks, now)
+        held_blocks = self._held_blocks(request)
+        rows = Candidates(slots, self._table.values, request.prompt_tokens, card.block_size, held_blocks, now)
         return rows, self.policy(request).scores(prompt_of(request), rows)
 
     # What is told of it.
 
     def decision(self, request: RouteRequest, comparison: Comparison, held_s: float) -> Decision:
         """The chosen worker and why."""
-        rows, row = comparison.rows, comparison.chosen
-        info = self._fleet.get(self._index.slot_names[rows.slots[row]]).info
+        rows, best = comparison.rows, comparison.best
+        info = self._fleet.get(self._index.slot_names[rows.slots.item(comparison.chosen)]).info
         return Decision(
             request_id=request.request_id,
             worker_id=info.worker_id,
@@ -125,8 +127,8 @@ class Choice:
             address=info.address,
             policy=self.policy(request).name,
             prompt_tokens=request.prompt_tokens,
-            cached_tokens=int(rows.cached_tokens[row]),
-            predicted_ttft_s=float(rows.ttft_s[row]),
+            cached_tokens=int(best[Predicted.CACHED_TOKENS]),
+            predicted_ttft_s=best[Predicted.TTFT_S],
             held_s=held_s,
             explanation=comparison,
             observed=self._overlaps(request, rows.block_size) if self._observed else (),

@@ -16,6 +16,7 @@ from router.index import Index
 from router.late_binding import LateBinding
 from router.load import Load, Reservation
 from router.policies import DEFAULT_POLICY
+from router.prediction import Predicted
 from router.request import RouteRequest
 from router.table import Column, Floats, WorkerTable
 from router.timing import PRIOR, StepCosts, WorkerTiming, average
@@ -230,24 +231,23 @@ class Router:
 
     def _placed(self, request: RouteRequest, comparison: Comparison, now: float, held_s: float = 0.0) -> Decision:
         decision = self._choice.decision(request, comparison, held_s)
-        rows, row = comparison.rows, comparison.chosen
-        tokens = int(rows.prefill_tokens[row])
+        best = comparison.best
         self.load.reserve(
             Reservation(
                 request_id=request.request_id,
                 worker_id=decision.worker_id,
-                prefill_tokens=tokens,
-                blocks=rows.prompt_blocks,
+                prefill_tokens=int(best[Predicted.PREFILL_TOKENS]),
+                blocks=comparison.rows.prompt_blocks,
                 prompt_tokens=request.prompt_tokens,
                 sequences=request.sequences,
                 predicted_ttft_s=decision.predicted_ttft_s,
                 routed_at=now,
-                tokens_s=float(rows.tokens_s(row)),
-                prefill_s=float(rows.prefill_s[row]),
+                tokens_s=best[Predicted.TOKENS_S],
+                prefill_s=best[Predicted.PREFILL_S],
                 streamed=request.streamed,
             )
         )
-        self._choice.policy(request).placed(prompt_of(request), rows, row)
+        self._choice.policy(request).placed(prompt_of(request), comparison.rows, comparison.chosen)
         self._checked()
         return decision
 

@@ -42,6 +42,7 @@ class Comparison:
     """All candidates of a choice with their scores."""
 
     rows: Candidates
+    best: list[float]  # the chosen one's value in each row
     scores: Floats  # (workers,); the least won, infinite where there was no room
     chosen: int  # row
     tied: bool  # others scored as well

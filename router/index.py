@@ -62,8 +62,7 @@ class Index:
         """Leading blocks of a prompt that each slot holds: shape (2, slots), on the device, and in any tier."""
         found = self.tree.match(hashes)
         depths = np.zeros((2, len(self.slot_names)))
-        depths[0, found.workers] = found.tier_depths[0]
-        depths[1, found.workers] = found.depths
+        depths[:, found.workers] = found.tier_depths[::2]
         return depths
 
     def slot(self, worker_id: str) -> int:

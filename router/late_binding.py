@@ -7,12 +7,12 @@ from collections.abc import Callable
 import numpy as np
 
 from rhizome.errors import Overloaded, RhizomeError
-from router.candidates import queues_s
 from router.choice import Choice
 from router.decision import Comparison, Decision
 from router.holding import HOLD_S, STALE_S, STALL_S, Held, Holding
+from router.prediction import Predicted, queues_s
 from router.request import RouteRequest
-from router.table import Slots, WorkerTable
+from router.table import Column, Slots, WorkerTable
 
 Place = Callable[[RouteRequest, Comparison, float, float], Decision]
 """Reserves the load of a request that was compared, at a time, having been held for so long. Raises Overloaded."""
@@ -66,7 +66,7 @@ class LateBinding:
         """One after the other in order of rank: each counts on the worker that is best for it once those before it have
         been served there, and goes if that one is nearly free now."""
         gone: list[tuple[str, Decision | RhizomeError]] = []
-        queue_s = queues_s(self._table.of(slots), now)
+        queue_s = queues_s(self._table.values, slots, now)
         stalled = now - self._holding.moved_at > STALL_S
         for held in self._holding.in_order(model, now):
             if queue_s.min() > HOLD_S and not stalled:
@@ -95,8 +95,8 @@ class LateBinding:
 def _nearly_free(comparison: Comparison) -> bool:
     """Whether the chosen worker will begin with the request soon; an idle one takes what it would never have room for,
     and refuses it."""
-    rows, row = comparison.rows, comparison.chosen
-    if not rows.in_flight[row]:
+    best = comparison.best
+    if not best[Column.SEQUENCES]:
         return True
-    joins = rows.waiting[row] > 0 and rows.prefill_s[row] > HOLD_S
-    return bool(rows.queue_s[row] <= HOLD_S and not rows.memory_s[row] and not joins)
+    joins = best[Predicted.WAITING] > 0 and best[Predicted.PREFILL_S] > HOLD_S
+    return best[Predicted.QUEUE_S] <= HOLD_S and not best[Predicted.MEMORY_S] and not joins

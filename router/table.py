@@ -57,7 +57,3 @@ class WorkerTable:
     def set(self, slot: int, first: Column, values: Sequence[float]) -> None:
         """Set neighbouring columns from `first` on."""
         self.values[first : first + len(values), slot] = values
-
-    def of(self, slots: Slots) -> Floats:
-        """A copy for these slots: shape (columns, slots)."""
-        return self.values[:, slots]

@@ -22,6 +22,7 @@ void bind_hashing(nb::module_ &module);
 void bind_tree(nb::module_ &module);
 void bind_events(nb::module_ &module);
 void bind_held(nb::module_ &module);
+void bind_prediction(nb::module_ &module);
 
 inline std::string text_of(nb::object value) {
     const nb::object text = nb::steal(PyObject_Str(value.ptr()));

@@ -9,4 +9,5 @@ NB_MODULE(_native, module) {
     radix::bind_tree(module);
     radix::bind_events(module);
     radix::bind_held(module);
+    radix::bind_prediction(module);
 }

@@ -68,7 +68,7 @@ class Dynamo(Policy):
         block = candidates.block_size
         prefill = (candidates.queued_tokens + candidates.prefill_tokens) / block
         new_blocks = candidates.prompt_blocks - candidates.cached_tokens / block
-        return self.prefill_weight * prefill + candidates.blocks_in_use + new_blocks
+        return self.prefill_weight * prefill + candidates.used_blocks + new_blocks
 
 
 class DynamoP16(Dynamo):
@@ -86,7 +86,7 @@ class LlmD(Policy):
     def scores(self, prompt: Prompt, candidates: Candidates) -> Floats:
         """See Policy."""
         overlap = candidates.cached_tokens / candidates.prompt_tokens
-        use = candidates.blocks_in_use / candidates.blocks_total
+        use = candidates.used_blocks / candidates.blocks_total
         queue = candidates.in_flight - candidates.decoding
         span = queue.max() - queue.min()
         rank = (queue.max() - queue) / span if span > 0 else np.ones(len(candidates))

@@ -33,7 +33,7 @@ class PredictedTtft(Policy):
     def scores(self, prompt: Prompt, candidates: Candidates) -> Floats:
         """See Policy."""
         joined_s = candidates.waiting * np.minimum(candidates.prefill_s, candidates.budget * candidates.token_s)
-        full = candidates.blocks_in_use / candidates.blocks_total
+        full = candidates.used_blocks / candidates.blocks_total
         pushed_out: Floats = FULL_WEIGHT * (full - EVEN_FULL * full.min())
         return candidates.ttft_s + joined_s + pushed_out * np.minimum(candidates.prefill_s, MOST_PUSHED_S)
 

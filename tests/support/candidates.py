@@ -9,8 +9,9 @@ from math import ceil
 import numpy as np
 from hypothesis import strategies as st
 
-from router.candidates import HEAD_LEFT, HOST_SHARE, Candidates
-from router.table import Column
+from router.candidates import Candidates
+from router.prediction import HEAD_LEFT, HOST_SHARE
+from router.table import Column, Floats, Slots
 
 
 @dataclass(frozen=True)
@@ -52,13 +53,19 @@ class PlainQuestion:
     block_size: int = 16
     now: float = 100.0
 
-    def candidates(self) -> Candidates:
-        """The question as policies see it."""
+    def table(self) -> tuple[Floats, Floats, Slots]:
+        """The workers' columns, the blocks that they hold, and their slots; other slots hold nothing of meaning."""
         names = [field.name for field in fields(PlainWorker)][: len(Column)]
         assert names == [column.name.lower() for column in Column]
-        values = np.array([[float(getattr(worker, name)) for worker in self.workers] for name in names])
-        held = np.array([[w.device_blocks for w in self.workers], [w.held_blocks for w in self.workers]], float)
         slots = np.array([worker.slot for worker in self.workers], np.intp)
+        values, held = np.full((len(Column), slots.max() + 1), np.nan), np.full((2, slots.max() + 1), np.nan)
+        values[:, slots] = np.array([[float(getattr(worker, name)) for name in names] for worker in self.workers]).T
+        held[:, slots] = [[w.device_blocks for w in self.workers], [w.held_blocks for w in self.workers]]
+        return values, held, slots
+
+    def candidates(self) -> Candidates:
+        """The question as policies see it."""
+        values, held, slots = self.table()
         return Candidates(slots, values, self.prompt_tokens, self.block_size, held, self.now)
 
     def most_blocks(self) -> int:
