@@ -18,6 +18,7 @@ from urllib.parse import quote
 
 from deploy.doctor import announce_core
 from deploy.served_model import check_time_scale
+from kv_events.bus.redis_registry import events_at, parse_registry_url
 from kv_events.bus.url import BusUrl, parse_bus_url, publishing
 from kv_events.log import EventLog
 from rhizome import rpc
@@ -52,6 +53,7 @@ class WorkerSettings:
     model_dir: Path | None  # of a checkpoint; None where hardware is simulated
     worker_id: str
     routers: tuple[str, ...] = ()
+    registry: str = ""  # redis://host:port/FLEET, where all routers that read it find this worker
     host: str = "127.0.0.1"
     port: int = 0
     role: str = "both"
@@ -79,10 +81,12 @@ class WorkerSettings:
         fleet_secret()  # refuses one that could be guessed
         check_name("id", self.worker_id)
         check_name("model_name", self.served_name)
-        if self.host in WILDCARDS and self.routers and not self.advertise:
+        if self.host in WILDCARDS and (self.routers or self.registry) and not self.advertise:
             raise InvalidRequest("advertise", None, f"the host by which others reach it, as {self.host} is a wildcard")
         for router in self.routers:
             check_address("router", router)
+        if self.registry:
+            parse_registry_url(self.registry)
         for bus in self.buses:
             self._check_bus(bus)
         if self.role not in ROLES:
@@ -109,15 +113,18 @@ class WorkerSettings:
 
     @property
     def buses(self) -> list[BusUrl]:
-        """Where events are published besides. Raises InvalidRequest."""
-        return [parse_bus_url(url.replace(WORKER_PLACE, quote(self.worker_id, safe=""))) for url in self.events]
+        """Where events are published besides: at a registry's Redis, too. Raises InvalidRequest."""
+        buses = [parse_bus_url(url.replace(WORKER_PLACE, quote(self.worker_id, safe=""))) for url in self.events]
+        if self.registry and not any(bus.scheme.startswith("redis") for bus in buses):
+            buses.append(parse_bus_url(events_at(parse_registry_url(self.registry), self.worker_id)))
+        return buses
 
     def _check_bus(self, bus: BusUrl) -> None:
         if bus.scheme == "memory":
             raise InvalidRequest("events", str(bus), "grpc://, zmq:// or redis://: nobody else reads this one")
         if bus.scheme in ("grpc", "zmq"):
             rpc.check_bind_host(bus.host, insecure=self.insecure)
-            if bus.host in WILDCARDS and self.routers and not self.advertise:
+            if bus.host in WILDCARDS and (self.routers or self.registry) and not self.advertise:
                 raise InvalidRequest("advertise", None, f"the host by which others read {bus}")
 
     def reached_at(self, bound: str) -> str:
@@ -147,6 +154,7 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
     # Torch is loaded by the processes that compute, not by a router or a client.
     from worker.client import FleetMember, registration
     from worker.engine_thread import EngineThread
+    from worker.registry_member import RegistryMember
     from worker.service import running_server
 
     settings.check()
@@ -161,7 +169,11 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
         ):
             events_url = settings.read_by_routers(urls)
             request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role], events_url)
-            members = [FleetMember(router, request, identity, thread).run() for router in settings.routers]
+            members: list[Coroutine[Any, Any, None]] = [
+                FleetMember(router, request, identity, thread).run() for router in settings.routers
+            ]
+            if settings.registry:
+                members.append(RegistryMember(parse_registry_url(settings.registry), request, identity, thread).run())
             async with _beside(_end_with(thread), *members):
                 yield address
     finally:

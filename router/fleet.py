@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -222,6 +223,12 @@ class Fleet:
         member.report = report
         member.unreachable = False
         return member
+
+    def renew(self, worker_ids: Collection[str], now: float) -> None:
+        """Keep the leases of members of whom nothing can be heard; others are ignored."""
+        for member in self._members.values():
+            if member.info.worker_id in worker_ids:
+                member.lease_until = max(member.lease_until, now + self.lease_s)
 
     def remove(self, worker_id: str, epoch: int) -> None:
         """Forget a member. Raises NotServed unless that very incarnation is registered."""

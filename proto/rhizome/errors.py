@@ -22,6 +22,7 @@ class InvalidRequest(RhizomeError):
             shown = shown[:97] + "..."
         super().__init__(f"{field} is {shown}: {limit}")
         self.field = field
+        self.value = value
         self.limit = limit
 
 
