@@ -1,0 +1,141 @@
+"""`grpc`: the same stream in messages of at most 1 MiB: the slowest, and the way where only gRPC is let through.
+
+Methods take and give bytes as `worker.transfer.messages` says; the proto files do not know them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import grpc
+
+from rhizome.errors import InvalidRequest
+from worker.transfer.deadline import Deadline
+from worker.transfer.errors import OutOfTime, TransferFailed
+from worker.transfer.holder import Holder, Pieces
+from worker.transfer.messages import ASKED, HEADER, Kind, decode_release, read_header
+from worker.transfer.transports import Offer
+from worker.transfer.transports.stream import Refill, StreamChannel
+
+SERVICE = "rhizome.v1.BlockTransfer"
+CHUNK_BYTES = 1 << 20
+MAX_CHANNELS = 64  # to as many holders; the longest unused goes
+
+
+def handlers(holder: Holder) -> grpc.GenericRpcHandler:
+    """What to add to a gRPC server, of threads or asyncio, with `add_generic_rpc_handlers`.
+
+    A pull keeps one thread of the server's as long as it lasts: at most as long as its lease.
+    """
+
+    def pull(payload: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: ARG001
+        for pieces in holder.serve(payload):
+            yield from chunks(pieces)
+
+    def release(payload: bytes, context: grpc.ServicerContext) -> bytes:
+        try:
+            holder.release(decode_release(payload))
+        except InvalidRequest as error:
+            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
+        return b""
+
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Pull": grpc.unary_stream_rpc_method_handler(pull),
+        "Release": grpc.unary_unary_rpc_method_handler(release),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def chunks(pieces: Pieces) -> Iterator[bytes]:
+    """The same bytes in messages of about equal size, none over the limit."""
+    total = sum(map(len, pieces))
+    size = -(-total // -(-total // CHUNK_BYTES))
+    chunk: list[memoryview] = []
+    room = size
+    for piece in pieces:
+        rest = memoryview(piece)
+        while rest:
+            chunk.append(rest[:room])
+            rest, room = rest[room:], room - len(chunk[-1])
+            if room == 0:
+                yield b"".join(chunk)
+                chunk, room = [], size
+    if chunk:
+        yield b"".join(chunk)
+
+
+class GrpcStream:
+    """A call for each PULL."""
+
+    def __init__(self, channel: grpc.Channel) -> None:
+        self._pull: Any = channel.unary_stream(f"/{SERVICE}/Pull")
+        self._release: Any = channel.unary_unary(f"/{SERVICE}/Release")
+        self._call: Any = None
+        self._answer = Refill(iter(()))
+
+    def send(self, message: bytes, deadline: Deadline) -> None:
+        """See Stream."""
+        kind, _ = read_header(message[: HEADER.size], ASKED)
+        if kind is not Kind.PULL:
+            raise TransferFailed(f"{kind.name} has no answer here")
+        self._call = self._pull(message[HEADER.size :], timeout=deadline.left())
+        deadline.on_cancel(self._call.cancel)
+        self._answer = Refill(map(memoryview, self._call))
+
+    def read_into(self, views: Sequence[memoryview], deadline: Deadline) -> int:
+        """See Stream."""
+        deadline.left()
+        try:
+            return self._answer.read_into(views)
+        except grpc.RpcError as error:
+            deadline.left()
+            if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                raise OutOfTime(f"not done within {deadline.seconds:g} s") from None
+            raise TransferFailed(f"{error.code().name}: {error.details()}") from None
+
+    def release(self, lease_id: bytes) -> None:
+        """See Stream."""
+        self._release.future(lease_id, timeout=1.0)
+
+    def close(self) -> None:
+        """See Stream."""
+        if self._call is not None:
+            self._call.cancel()
+
+
+class GrpcTransport:
+    """See the module."""
+
+    name = "grpc"
+
+    def __init__(
+        self, open_channel: Callable[[str], grpc.Channel] = grpc.insecure_channel, *, verify: bool = True
+    ) -> None:
+        """`open_channel` brings credentials, where the fleet has them."""
+        self._open_channel = open_channel
+        self._verify = verify
+        self._lock = threading.Lock()
+        self._channels: dict[str, grpc.Channel] = {}
+
+    def reaches(self, offer: Offer) -> bool:  # noqa: ARG002 - whoever offers it can be reached
+        """See Transport."""
+        return True
+
+    def connect(self, offer: Offer, deadline: Deadline) -> StreamChannel:
+        """See Transport."""
+        deadline.left()
+        with self._lock:
+            channel = self._channels.pop(offer.address, None) or self._open_channel(offer.address)
+            self._channels[offer.address] = channel
+            if len(self._channels) > MAX_CHANNELS:
+                self._channels.pop(next(iter(self._channels))).close()
+        return StreamChannel(GrpcStream(channel), verify=self._verify)
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            for channel in self._channels.values():
+                channel.close()
+            self._channels.clear()
