@@ -1,6 +1,6 @@
 """The extension: the core in C++, built from radix/native."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -128,6 +128,12 @@ def predict(
     head_left: float,
     host_share: float,
 ) -> NDArray[np.float64]: ...
+def predicted_ttft_scores(
+    rows: NDArray[np.float64], full_weight: float, even_full: float, most_pushed_s: float
+) -> NDArray[np.float64]: ...
+def choose(
+    rows: NDArray[np.float64], scores: NDArray[np.float64], tie: Callable[[float], float]
+) -> tuple[NDArray[np.float64], int, bool] | None: ...
 def queues_s(
     values: NDArray[np.float64], slots: NDArray[np.intp], now: float, head_left: float
 ) -> NDArray[np.float64]: ...

@@ -6,11 +6,13 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from radix.backend import native
 from rhizome.errors import Overloaded, Unavailable
 from router.candidates import Candidates
 from router.decision import Comparison, Decision, NobodyChosen, Overlap
 from router.fleet import Fleet, Member, ModelCard, Role
 from router.index import Index
+from router.objective import Objective
 from router.policies import Policy, Prompt, make_policy
 from router.prediction import Predicted
 from router.request import RouteRequest
@@ -31,6 +33,7 @@ class Choice:
         held_blocks: Callable[[RouteRequest], Floats],
         observed: Mapping[str, str],
         policy: str,
+        objective: Objective,
     ) -> None:
         """`held_blocks` gives leading blocks of a prompt by slot, shape (2, slots): on the device, and in any tier."""
         self._fleet = fleet
@@ -38,6 +41,7 @@ class Choice:
         self._table = table
         self._held_blocks = held_blocks
         self._observed = observed
+        self._objective = objective
         self._default_policy = policy
         self._policies: dict[str, Policy] = {policy: make_policy(policy)}
         self._able: dict[str, tuple[Slots, ModelCard]] = {}  # by model; forgotten when a member changes
@@ -85,34 +89,29 @@ class Choice:
 
     # What it means on each, and who is best.
 
-    def compare(self, request: RouteRequest, now: float) -> Comparison:
+    def compare(self, request: RouteRequest, now: float, waited_s: float = 0.0) -> Comparison:
         """All candidates with their scores, and the chosen one.
 
-        Raises NotServed, Unavailable, InvalidRequest, and Overloaded where all are full.
+        `waited_s`: since its arrival. Raises NotServed, Unavailable, InvalidRequest, and Overloaded where all are full.
         """
         policy = self.policy(request)
-        rows, scores = self.scored(request, now)
-        full = rows.in_flight >= rows.max_in_flight
-        if full[full.argmax()]:  # any of them; argmax and argmin cost a tenth of what NumPy's any, min and max do
-            scores = np.where(full, np.inf, scores)
-            if full.all():
-                raise _all_full(rows, self._index.slot_names)
-        least = scores.item(scores.argmin())
-        tied = (scores <= policy.tie(least)).nonzero()[0]
-        if least == np.inf:  # a policy that looks at some workers only has found none with room
-            tied = (~full).nonzero()[0]
-        chosen = tied.item(0)
-        if len(tied) > 1:
-            order = np.lexsort((rows.last_routed[tied], rows.in_flight[tied], -rows.free_blocks[tied]))
-            chosen = tied.item(order.item(0))
-        return Comparison(rows, rows.at(chosen), scores, chosen, len(tied) > 1, self._index.slot_names, policy.unit)
+        rows, scores = self.scored(request, now, waited_s)
+        best = choose(rows, scores, policy.tie)
+        if best is None:
+            raise _all_full(rows, self._index.slot_names)
+        scores, chosen, tied = best
+        return Comparison(rows, rows.at(chosen), scores, chosen, tied, self._index.slot_names, policy.unit)
 
-    def scored(self, request: RouteRequest, now: float) -> tuple[Candidates, Floats]:
+    def scored(self, request: RouteRequest, now: float, waited_s: float) -> tuple[Candidates, Floats]:
         """All candidates, and their scores, whether they have room or not. Raises like `compare`, Overloaded apart."""
         slots, card = self.able(request.model)
         held_blocks = self._held_blocks(request)
         rows = Candidates(slots, self._table.values, request.prompt_tokens, card.block_size, held_blocks, now)
-        return rows, self.policy(request).scores(prompt_of(request), rows)
+        policy = self.policy(request)
+        scores = policy.scores(prompt_of(request), rows)
+        if self._objective and policy.holds:  # its scores are seconds
+            scores = scores + self._objective.cost_s(rows, request.sequences, waited_s)
+        return rows, scores
 
     # What is told of it.
 
@@ -158,6 +157,29 @@ class Choice:
             Overlap(worker_id, min(int(depths[self._index.slot(worker_id)]), most) * block_size)
             for worker_id in self._observed
         )
+
+
+Best = tuple[Floats, int, bool] | None
+"""The scores, infinite where there is no room; the chosen row; whether others tied. None: all are full."""
+
+
+def choose_reference(rows: Candidates, scores: Floats, tie: Callable[[float], float]) -> Best:
+    """See choose."""
+    room = rows.in_flight < rows.max_in_flight
+    if not room.any():
+        return None
+    least = float(scores[room].min())  # a policy that looks at some workers only may have found none with room
+    tied = np.flatnonzero((scores <= tie(least)) & room)
+    order = np.lexsort((rows.last_routed[tied], rows.in_flight[tied], -rows.free_blocks[tied]))
+    return scores if room.all() else np.where(room, scores, np.inf), int(tied[order[0]]), len(tied) > 1
+
+
+def choose(rows: Candidates, scores: Floats, tie: Callable[[float], float]) -> Best:
+    """The one with the least score; within a tie (Policy.tie) as said there. The native core does it in one pass."""
+    if native is None:
+        return choose_reference(rows, scores, tie)
+    best: Best = native.choose(rows.rows, scores, tie)
+    return best
 
 
 def prompt_of(request: RouteRequest) -> Prompt:

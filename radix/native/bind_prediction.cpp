@@ -1,7 +1,10 @@
-// What router.prediction predicts for a prompt on each worker, in one pass: in NumPy it takes forty calls, half a
-// microsecond each whatever the number of workers. Rows and formulas are router/prediction.py's, term by term; the
-// contract suite compares them.
+// A routing decision's arithmetic, in three passes over the workers: what a prompt means on each (router.prediction),
+// the default policy's scores (router.policies.predicted), the choice (router.choice). In NumPy these are sixty calls, a
+// microsecond each whatever the number of workers. The Python modules have the same formulas, term by term; the contract
+// suite compares them.
 #include <cmath>
+#include <limits>
+#include <tuple>
 
 #include "bindings.hpp"
 
@@ -113,6 +116,65 @@ nb::object predict(nb::handle values, nb::handle slots, nb::handle held_blocks, 
     return rows;
 }
 
+// Scores of one policy or another for the rows of a prediction: a contiguous array.
+const double *scores_of(nb::handle value, npy_intp size) {
+    auto *array = reinterpret_cast<PyArrayObject *>(value.ptr());
+    if (!PyArray_Check(value.ptr()) || PyArray_TYPE(array) != NPY_FLOAT64 || PyArray_NDIM(array) != 1 ||
+        PyArray_DIM(array, 0) != size || !PyArray_ISCARRAY_RO(array))
+        throw nb::type_error("scores: a contiguous one-dimensional array of float64, one for each worker, is needed");
+    return static_cast<const double *>(PyArray_DATA(array));
+}
+
+nb::object predicted_ttft_scores(nb::handle rows, double full_weight, double even_full, double most_pushed_s) {
+    const Doubles table(rows, "rows", ROWS);
+    const auto at = [&](Row row, npy_intp i) { return table.row(row)[i]; };
+    const auto full = [&](npy_intp i) { return at(USED_BLOCKS, i) / at(BLOCKS_TOTAL, i); };
+    double least_full = std::numeric_limits<double>::infinity();
+    for (npy_intp i = 0; i < table.slots; i++) least_full = std::min(least_full, full(i));
+    double *out;
+    nb::object scores = new_array({table.slots}, NPY_FLOAT64, &out);
+    for (npy_intp i = 0; i < table.slots; i++) {
+        const double prefill_s = at(PREFILL_S, i);
+        const double joined_s = at(WAITING, i) * std::min(prefill_s, at(BUDGET, i) * at(TOKEN_S, i));
+        const double pushed_out = full_weight * (full(i) - even_full * least_full);
+        out[i] = at(TTFT_S, i) + joined_s + pushed_out * std::min(prefill_s, most_pushed_s);
+    }
+    return scores;
+}
+
+// (scores, chosen row, whether others tied), or None where nobody has room.
+nb::object choose(nb::handle rows, nb::object scores, nb::callable tie) {
+    const Doubles table(rows, "rows", ROWS);
+    const double *score = scores_of(scores, table.slots);
+    const auto at = [&](Row row, npy_intp i) { return table.row(row)[i]; };
+    const auto is_full = [&](npy_intp i) { return at(SEQUENCES, i) >= at(MAX_SEQUENCES, i); };
+    double least = std::numeric_limits<double>::infinity();
+    npy_intp full = 0;
+    for (npy_intp i = 0; i < table.slots; i++) {
+        if (is_full(i)) full++;
+        else least = std::min(least, score[i]);
+    }
+    if (full == table.slots) return nb::none();
+    const double bound = nb::cast<double>(tie(least));
+    npy_intp chosen = -1, tied = 0;
+    const auto rank = [&](npy_intp i) {
+        return std::tuple(-at(FREE_BLOCKS, i), at(SEQUENCES, i), at(LAST_ROUTED, i));
+    };
+    for (npy_intp i = 0; i < table.slots; i++) {
+        if (is_full(i) || !(score[i] <= bound)) continue;
+        if (!tied++ || rank(i) < rank(chosen)) chosen = i;
+    }
+    if (!tied) throw nb::value_error("no worker's score is within the tie of the least one");
+    if (full) {
+        double *out;
+        nb::object masked = new_array({table.slots}, NPY_FLOAT64, &out);
+        for (npy_intp i = 0; i < table.slots; i++)
+            out[i] = is_full(i) ? std::numeric_limits<double>::infinity() : score[i];
+        scores = masked;
+    }
+    return nb::make_tuple(scores, chosen, tied > 1);
+}
+
 nb::object queues_s(nb::handle values, nb::handle slots, double now, double head_left) {
     const Doubles table(values, "values", COLUMNS);
     const Slots chosen(slots, table.slots);
@@ -131,6 +193,9 @@ void bind_prediction(nb::module_ &module) {
     module.def("predict", &predict, nb::arg("values"), nb::arg("slots"), nb::arg("held_blocks"),
                nb::arg("prompt_tokens"), nb::arg("block_size"), nb::arg("now"), nb::arg("head_left"),
                nb::arg("host_share"), "See router.prediction.predict.");
+    module.def("predicted_ttft_scores", &predicted_ttft_scores, nb::arg("rows"), nb::arg("full_weight"),
+               nb::arg("even_full"), nb::arg("most_pushed_s"), "See router.policies.predicted.");
+    module.def("choose", &choose, nb::arg("rows"), nb::arg("scores"), nb::arg("tie"), "See router.choice.choose.");
     module.def("queues_s", &queues_s, nb::arg("values"), nb::arg("slots"), nb::arg("now"), nb::arg("head_left"),
                "See router.prediction.queues_s.");
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from radix.backend import native
 from router.candidates import Candidates
 from router.policies.base import Policy, Prompt
 from router.table import Floats
@@ -32,11 +33,19 @@ class PredictedTtft(Policy):
 
     def scores(self, prompt: Prompt, candidates: Candidates) -> Floats:
         """See Policy."""
-        joined_s = candidates.waiting * np.minimum(candidates.prefill_s, candidates.budget * candidates.token_s)
-        full = candidates.used_blocks / candidates.blocks_total
-        pushed_out: Floats = FULL_WEIGHT * (full - EVEN_FULL * full.min())
-        return candidates.ttft_s + joined_s + pushed_out * np.minimum(candidates.prefill_s, MOST_PUSHED_S)
+        if native is None:
+            return scores_reference(candidates)
+        scores: Floats = native.predicted_ttft_scores(candidates.rows, FULL_WEIGHT, EVEN_FULL, MOST_PUSHED_S)
+        return scores
 
     def tie(self, least: float) -> float:
         """See Policy."""
         return least + TIE_S + min(TIE_SHARE * max(least, 0.0), MOST_TIE_S)
+
+
+def scores_reference(candidates: Candidates) -> Floats:
+    """What the native core computes in one pass."""
+    joined_s = candidates.waiting * np.minimum(candidates.prefill_s, candidates.budget * candidates.token_s)
+    full = candidates.used_blocks / candidates.blocks_total
+    pushed_out: Floats = FULL_WEIGHT * (full - EVEN_FULL * full.min())
+    return candidates.ttft_s + joined_s + pushed_out * np.minimum(candidates.prefill_s, MOST_PUSHED_S)
