@@ -44,6 +44,12 @@ class TreeMatches:
         depths: NDArray[np.uint32] = self.tier_depths[-1]
         return depths
 
+    def by_worker(self, workers: int) -> NDArray[np.float64]:
+        known = self.workers < workers
+        depths = np.zeros((2, workers))
+        depths[:, self.workers[known]] = self.tier_depths[::2, known]
+        return depths
+
     def as_dict(self) -> dict[int, int]:
         return dict(zip(self.workers.tolist(), self.depths.tolist(), strict=True))
 

@@ -58,6 +58,11 @@ class Matches(Protocol):
         """Shape (3, matches): leading blocks held on the device; on device or host; in any tier (`depths`)."""
         ...
 
+    def by_worker(self, workers: int) -> NDArray[np.float64]:
+        """Shape (2, workers): leading blocks that each of the first so many workers holds on the device, and in any
+        tier; 0 for one that does not match."""
+        ...
+
     def as_dict(self) -> dict[int, int]:
         """Worker -> depth in blocks."""
         ...

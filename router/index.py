@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from heapq import heappop, heappush
 
-import numpy as np
-
 from kv_events.view import WorkerView
 from radix import make_tree
 from radix.keys import Hashes
@@ -60,10 +58,7 @@ class Index:
 
     def match(self, hashes: Hashes) -> Floats:
         """Leading blocks of a prompt that each slot holds: shape (2, slots), on the device, and in any tier."""
-        found = self.tree.match(hashes)
-        depths = np.zeros((2, len(self.slot_names)))
-        depths[:, found.workers] = found.tier_depths[::2]
-        return depths
+        return self.tree.match(hashes).by_worker(len(self.slot_names))
 
     def slot(self, worker_id: str) -> int:
         """The tree's number of a worker that was added."""

@@ -84,6 +84,18 @@ nb::object as_dict(const Matched &matched) {
     return dict;
 }
 
+nb::object by_worker(const Matched &matched, int64_t workers) {
+    check_range("workers", workers, 0, MAX_WORKERS);
+    double *data;
+    nb::object array = new_array({2, static_cast<npy_intp>(workers)}, NPY_FLOAT64, &data);
+    std::fill_n(data, 2 * workers, 0.0);
+    for (size_t i = 0; i < matched.count && matched.rows[i] < workers; i++) {  // ascending
+        data[matched.rows[i]] = matched.depths(0)[i];
+        data[workers + matched.rows[i]] = matched.depths(TIERS - 1)[i];
+    }
+    return array;
+}
+
 struct ManyMatched {
     std::vector<Matched> matches;
 
@@ -135,6 +147,7 @@ void bind_tree(nb::module_ &module) {
             std::copy_n(m.depths(0), TIERS * m.count, data);
             return array;
         })
+        .def("by_worker", &by_worker, nb::arg("workers"))
         .def("as_dict", &as_dict)
         .def("__len__", [](const Matched &m) { return m.count; });
 

@@ -48,6 +48,9 @@ def test_match_gives_each_worker_its_leading_blocks(tree: PrefixTree) -> None:
     assert matches.workers.tolist() == [3, 7]
     assert matches.depths.tolist() == [2, 4]
     assert matches.tier_depths.tolist() == [[2, 4]] * 3
+    assert matches.by_worker(8).tolist() == [[0, 0, 0, 2, 0, 0, 0, 4]] * 2
+    assert matches.by_worker(7).tolist() == [[0, 0, 0, 2, 0, 0, 0]] * 2
+    assert matches.by_worker(0).shape == (2, 0)
     assert matches.workers.dtype == matches.depths.dtype == matches.tier_depths.dtype == np.uint32
     assert len(matches) == 2
     assert tree.match(blocks(A, B, 77, C)).as_dict() == {3: 2, 7: 2}
@@ -220,6 +223,7 @@ def test_depths_tell_tiers_apart(tree: PrefixTree) -> None:
     matches = tree.match(ABCD)
     assert matches.workers.tolist() == [1, 2, 3, 4]
     assert matches.tier_depths.tolist() == [[1, 0, 4, 0], [2, 0, 4, 1], [4, 4, 4, 1]]
+    assert matches.by_worker(10)[:, matches.workers].tolist() == [[1, 0, 4, 0], [4, 4, 4, 1]]
     assert matches.depths.tolist() == [4, 4, 4, 1]
     tree.store(1, blocks(C), parent=B)
     assert tree.match(ABCD).tier_depths[:, 0].tolist() == [1, 4, 4]
