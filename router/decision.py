@@ -23,8 +23,7 @@ class Overlap:
 class Explanation(Protocol):
     """Why, for people; made when it is asked for."""
 
-    @property
-    def candidates(self) -> tuple[Candidate, ...]: ...
+    def candidates(self, most: int | None = None) -> tuple[Candidate, ...]: ...
     @property
     def reason(self) -> str: ...
 
@@ -34,7 +33,10 @@ class NobodyChosen:
     """Why no worker could be."""
 
     reason: str
-    candidates: tuple[Candidate, ...] = ()
+
+    def candidates(self, most: int | None = None) -> tuple[Candidate, ...]:  # noqa: ARG002
+        """None."""
+        return ()
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,16 +51,15 @@ class Comparison:
     names: Sequence[str]  # by slot
     unit: str
 
-    @property
-    def candidates(self) -> tuple[Candidate, ...]:
-        """The chosen one, then the others, best first."""
+    def candidates(self, most: int | None = None) -> tuple[Candidate, ...]:
+        """The chosen one, then the others, best first; all of them, or so many."""
         others = [row for row in np.argsort(self.scores, kind="stable").tolist() if row != self.chosen]
-        return tuple(self.rows.row(row, self.names, self.scores) for row in (self.chosen, *others))
+        return tuple(self.rows.row(row, self.names, self.scores) for row in (self.chosen, *others)[:most])
 
     @property
     def reason(self) -> str:
         """A sentence."""
-        chosen, *others = self.candidates
+        chosen, *others = self.candidates(2)
         others = [other for other in others if other.score < np.inf]
         told = f"{chosen.worker_id}: {chosen.predicted_ttft_s:.3f} s predicted, {chosen.cached_tokens} of "
         told += f"{self.rows.prompt_tokens} prompt tokens cached; score {chosen.score:.4g}{self.unit}, "
@@ -94,4 +95,8 @@ class Decision:
     @property
     def candidates(self) -> tuple[Candidate, ...]:
         """The chosen one is the first."""
-        return self.explanation.candidates
+        return self.explanation.candidates()
+
+    def nearest(self) -> tuple[Candidate, ...]:
+        """The chosen one and the next best: to make all of many takes longer than the decision did."""
+        return self.explanation.candidates(2)

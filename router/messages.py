@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
 
@@ -21,6 +22,7 @@ from router.request import RouteRequest
 from router.tokenizing import PromptTokenizer
 
 _ID_LISTS = ("prefilled_request_ids", "finished_request_ids")
+_CANDIDATE_FIELDS = tuple(field.name for field in router_pb2.Candidate.DESCRIPTOR.fields)
 _COUNTERS = tuple(field.name for field in fields(WorkerReport) if field.name not in _ID_LISTS)
 
 
@@ -176,8 +178,8 @@ def add_index(entry: router_pb2.WorkerEntry, view: WorkerView, blocks: int) -> N
 
 
 def explanation_message(decision: Decision, hashes: Hashes) -> router_pb2.Decision:
-    """A decision with the prompt's block hashes, and who else holds how much of it."""
-    message = decision_message(decision)
+    """A decision with all its candidates, the prompt's block hashes, and who else holds how much of it."""
+    message = _decision_message(decision, decision.candidates)
     message.block_hashes = hashes.astype("<u8", copy=False).tobytes()
     for overlap in decision.observed:
         message.observed.add(worker_id=overlap.worker_id, cached_tokens=overlap.cached_tokens)
@@ -185,17 +187,20 @@ def explanation_message(decision: Decision, hashes: Hashes) -> router_pb2.Decisi
 
 
 def decision_message(decision: Decision) -> router_pb2.Decision:
-    """A decision with all its candidates."""
+    """A decision with the chosen candidate and the next best."""
+    return _decision_message(decision, decision.nearest())
+
+
+def _decision_message(decision: Decision, candidates: Sequence[Candidate]) -> router_pb2.Decision:
     return router_pb2.Decision(
         worker_id=decision.worker_id,
         policy=decision.policy,
         reason=decision.reason,
         prompt_tokens=decision.prompt_tokens,
-        candidates=[_candidate_message(candidate) for candidate in decision.candidates],
+        candidates=[_candidate_message(candidate) for candidate in candidates],
         held_s=decision.held_s,
     )
 
 
 def _candidate_message(candidate: Candidate) -> router_pb2.Candidate:
-    names = [field.name for field in router_pb2.Candidate.DESCRIPTOR.fields]
-    return router_pb2.Candidate(**{name: getattr(candidate, name) for name in names})
+    return router_pb2.Candidate(**{name: getattr(candidate, name) for name in _CANDIDATE_FIELDS})

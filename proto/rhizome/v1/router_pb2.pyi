@@ -162,7 +162,7 @@ class Decision(_message.Message):
     """how long the router kept the request back"""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
-        """the chosen one first"""
+        """the chosen one first; Route tells that and the next best, Explain all"""
 
     @_builtins.property
     def observed(self) -> _containers.RepeatedCompositeFieldContainer[Global___Overlap]:
