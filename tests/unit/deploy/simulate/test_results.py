@@ -94,16 +94,15 @@ def test_an_idle_worker_shows_as_imbalance() -> None:
 
 
 def test_work_is_short_by_the_trace_alone() -> None:
-    """What an infinite shared cache leaves decides: a long prompt whose start was seen is short, a cold one is not."""
+    """The prompt's length decides, not what was seen of it before: that may have been pushed out."""
     blocks = tuple(range(100))
     requests = (
-        TraceRequest(0.0, 512 * 100, 1, blocks),
-        TraceRequest(1.0, 512 * 96 + SHORT_TOKENS, 1, (*blocks[:96], 200, 201, 202, 203)),
-        TraceRequest(2.0, 512 * 96 + SHORT_TOKENS + 1, 1, (*blocks[:96], 300, 301, 302, 303, 304)),
-        TraceRequest(3.0, SHORT_TOKENS, 1, (400, 401, 402, 403)),
-        TraceRequest(4.0, 512 * 99 + 100, 1, blocks),
+        TraceRequest(0.0, SHORT_TOKENS, 1, blocks[:16]),
+        TraceRequest(1.0, SHORT_TOKENS + 1, 1, blocks[:17]),
+        TraceRequest(2.0, SHORT_TOKENS + 1, 1, blocks[:17]),
+        TraceRequest(3.0, 1, 1, (400,)),
     )
-    assert short_work(Trace("t", 512, requests)) == [False, True, False, True, True]
+    assert short_work(Trace("t", 512, requests)) == [True, False, False, True]
 
 
 def test_rows_are_json_with_null_for_what_is_not() -> None:
