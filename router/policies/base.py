@@ -11,9 +11,9 @@ from router.candidates import Candidates
 from router.table import Floats
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # a frozen one takes ten times as long to make
 class Prompt:
-    """What a policy knows of a request beside its candidates."""
+    """What a policy knows of a request beside its candidates. Not to be changed."""
 
     request_id: str
     hashes: Hashes  # of its full blocks
