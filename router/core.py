@@ -15,6 +15,7 @@ from router.fleet import LEASE_S, Fleet, ModelCard, WorkerInfo, WorkerReport
 from router.index import Index
 from router.late_binding import LateBinding
 from router.load import Load, Reservation
+from router.objective import Objective
 from router.policies import DEFAULT_POLICY
 from router.prediction import Predicted
 from router.request import RouteRequest
@@ -52,6 +53,7 @@ class Router:
         self,
         *,
         policy: str = DEFAULT_POLICY,
+        objective: Objective | None = None,
         lease_s: float = LEASE_S,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
@@ -64,10 +66,17 @@ class Router:
         self.predictions = PredictionCounts()
         # Workers that are indexed and get no requests -> where their events are read.
         self.observed: dict[str, str] = {}
+        objective = objective or Objective()
         self._choice = Choice(
-            self.fleet, self.index, self._table, held_blocks=self._depths, observed=self.observed, policy=policy
+            self.fleet,
+            self.index,
+            self._table,
+            held_blocks=self._depths,
+            observed=self.observed,
+            policy=policy,
+            objective=objective,
         )
-        self._late = LateBinding(self._choice, self._table, self._placed)
+        self._late = LateBinding(self._choice, self._table, self._placed, objective)
         self._timings: dict[str, WorkerTiming] = {}
         self._priors: dict[str, StepCosts] = {}  # by model: what its workers have shown, as of the latest expire
         self._validate = validate

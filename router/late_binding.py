@@ -10,6 +10,7 @@ from rhizome.errors import Overloaded, RhizomeError
 from router.choice import Choice
 from router.decision import Comparison, Decision
 from router.holding import HOLD_S, STALE_S, STALL_S, Held, Holding
+from router.objective import Objective
 from router.prediction import Predicted, queues_s
 from router.request import RouteRequest
 from router.table import Column, Slots, WorkerTable
@@ -21,11 +22,11 @@ Place = Callable[[RouteRequest, Comparison, float, float], Decision]
 class LateBinding:
     """The requests that are held, and when each goes where."""
 
-    def __init__(self, choice: Choice, table: WorkerTable, place: Place) -> None:
+    def __init__(self, choice: Choice, table: WorkerTable, place: Place, objective: Objective) -> None:
         self._choice = choice
         self._table = table
         self._place = place
-        self._holding = Holding()
+        self._holding = Holding(objective)
 
     def __len__(self) -> int:
         return len(self._holding)
@@ -68,6 +69,8 @@ class LateBinding:
         gone: list[tuple[str, Decision | RhizomeError]] = []
         queue_s = queues_s(self._table.values, slots, now)
         stalled = now - self._holding.moved_at > STALL_S
+        if queue_s.min() > HOLD_S and not stalled:
+            return gone
         for held in self._holding.in_order(model, now):
             if queue_s.min() > HOLD_S and not stalled:
                 break
@@ -76,7 +79,7 @@ class LateBinding:
             best = int(np.argmin(held.own + queue_s))
             if queue_s[best] <= HOLD_S or stalled:
                 try:
-                    comparison = self._choice.compare(held.request, now)
+                    comparison = self._choice.compare(held.request, now, now - held.since)
                     if stalled or _nearly_free(comparison):
                         decision = self._place(held.request, comparison, now, now - held.since)
                         gone.append((held.request.request_id, decision))
@@ -87,9 +90,10 @@ class LateBinding:
         return gone
 
     def _compare_again(self, held: Held, now: float) -> None:
-        held.rows, scores = self._choice.scored(held.request, now)
+        held.rows, scores = self._choice.scored(held.request, now, now - held.since)
         held.own, held.work_s = scores - held.rows.queue_s, float(held.rows.prefill_s.min())
         held.compared_at = now
+        self._holding.compared(held)
 
 
 def _nearly_free(comparison: Comparison) -> bool:

@@ -18,6 +18,7 @@ class RouteRequest:
     sequences: int = 1  # choices
     policy: str = ""  # the router's
     session: str = ""
-    priority: int = 0
+    tenant: str = ""  # whose share of the fleet it counts to while requests wait
+    priority: int = 0  # a smaller number goes before all others
     bypass_prefix_cache: bool = False
     streamed: bool = True  # the answer passes through this router, which will call first_token and finish
