@@ -2,13 +2,15 @@
 
 The tree is the index benchmark's workload; each prompt, besides, has blocks held by four workers: all of them, half or
 none, in turn. A prompt's hashes are computed each time; nothing of one is kept from decision to decision. Between
-decisions, untimed, a worker reports, a request comes to its first token, and one ends.
+decisions, untimed, a worker reports, a request comes to its first token, and one ends. Times are the thread's own, of
+the CPU: a decision waits for nothing. Parts of a submission are timed once more by themselves, each with the clock's
+own time in it.
 """
 
 from __future__ import annotations
 
 from collections import deque
-from time import perf_counter_ns
+from time import thread_time_ns
 
 import numpy as np
 
@@ -18,8 +20,12 @@ from benchmarks.routing_plan import OURS, Plan
 from benchmarks.workload import BLOCK_SIZE, PREFIX_HOLDERS, Workload
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import Tokens, hashes_of
+from router.candidates import Candidates
+from router.choice import choose
 from router.core import Router, RouteRequest
 from router.fleet import ModelCard, WorkerInfo, WorkerReport
+from router.load import Reservation
+from router.policies import Prompt, make_policy
 
 MODEL, VOCABULARY = "model", 128_256
 HELD_SHARES = (1.0, 0.5, 0.0)  # of a prompt's blocks, on each of its holders
@@ -28,6 +34,7 @@ INTERVAL_S = 0.01  # of the router's clock, between requests
 BLOCKS = 1 << 16  # of a worker's memory
 REPORT = WorkerReport(running=8, blocks_total=BLOCKS, blocks_in_use=BLOCKS // 4, blocks_cached=BLOCKS // 2)
 P50_US, P99_US = 60.0, 200.0
+PARTS = "match", "columns", "scores", "choice", "reserve"
 
 
 def decision_rows(plan: Plan) -> list[Row]:
@@ -36,6 +43,7 @@ def decision_rows(plan: Plan) -> list[Row]:
     prompts = _prompts(plan)
     router = _router(plan, hasher, prompts)
     times, held = _times(plan, router, hasher, prompts)
+    parts = _parts(plan, router, hasher, prompts)
     whole = times.sum(axis=1)
     name = f"decision {{}} {plan.decision_tokens} tokens {size(plan.decision_entries)} W{plan.decision_workers}"
     note = f"{len(whole)} decisions, {held / len(whole):.1%} held; {len(router.index.tree)} entries"
@@ -47,6 +55,7 @@ def decision_rows(plan: Plan) -> list[Row]:
             for column, part in enumerate(("hashing", "submit"))
             for percent in (50, 99)
         ),
+        *(_row(name.format(f"part {part} p50"), parts[:, column], 50) for column, part in enumerate(PARTS)),
     ]
 
 
@@ -106,11 +115,11 @@ def _times(
         now += INTERVAL_S
         router.heartbeat(f"worker-{number % plan.decision_workers}", 1, REPORT, now)
         tokens, name = prompts[prompt], str(number)
-        start = perf_counter_ns()
+        start = thread_time_ns()
         hashes = hashes_of(hasher.keys(tokens))
-        hashed = perf_counter_ns()
+        hashed = thread_time_ns()
         decision = router.submit(RouteRequest(name, MODEL, len(tokens), hashes), now)
-        end = perf_counter_ns()
+        end = thread_time_ns()
         times[number] = (hashed - start) / 1e3, (end - hashed) / 1e3
         if decision is None:
             held += number >= plan.warm_up
@@ -124,3 +133,32 @@ def _times(
         if len(decoding) > IN_FLIGHT * plan.decision_workers:
             router.finish(decoding.popleft(), now)
     return times[plan.warm_up :], held
+
+
+def _parts(
+    plan: Plan, router: Router, hasher: BlockHasher, prompts: list[Tokens]
+) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
+    """Microseconds of each of PARTS: (decisions, parts). The fleet is as the decisions have left it."""
+    policy, table = make_policy(OURS), router._table.values
+    slots = np.arange(plan.decision_workers, dtype=np.intp)
+    now = INTERVAL_S * (plan.warm_up + plan.decisions)
+    times = np.zeros((plan.decisions, 1 + len(PARTS)), np.int64)
+    for number in range(plan.decisions):
+        tokens = prompts[number % len(prompts)]
+        hashes = hashes_of(hasher.keys(tokens))
+        started = thread_time_ns()
+        held_blocks = router.index.match(hashes)
+        matched = thread_time_ns()
+        rows = Candidates(slots, table, len(tokens), BLOCK_SIZE, held_blocks, now)
+        predicted = thread_time_ns()
+        scores = policy.scores(Prompt("", hashes), rows)
+        scored = thread_time_ns()
+        best = choose(rows, scores, policy.tie)
+        chosen = thread_time_ns()
+        worker = router.index.slot_names[slots[best[1] if best else 0]]
+        router.load.reserve(
+            Reservation(f"part {number}", worker, len(tokens), len(hashes), len(tokens), 1, 1.0, now, 1.0, 1.0, True)
+        )
+        times[number] = (started, matched, predicted, scored, chosen, thread_time_ns())
+        router.load.release(f"part {number}", now)
+    return np.diff(times) / 1e3

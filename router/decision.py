@@ -39,9 +39,9 @@ class NobodyChosen:
         return ()
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # a frozen one takes ten times as long to make
 class Comparison:
-    """All candidates of a choice with their scores."""
+    """All candidates of a choice with their scores. Not to be changed."""
 
     rows: Candidates
     best: list[float]  # the chosen one's value in each row
@@ -71,9 +71,9 @@ class Comparison:
         return told + f"within a tie ({nearest}): most free blocks, fewest in flight, not chosen for the longest"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)  # not frozen: as above
 class Decision:
-    """Where a request goes, why, and what the other candidates would have meant."""
+    """Where a request goes, why, and what the other candidates would have meant. Not to be changed."""
 
     request_id: str
     worker_id: str
