@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from radix.keys import Hashes
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)  # a frozen one takes ten times as long to make
 class RouteRequest:
-    """What a decision needs to know of a request. The prompt itself is not among it."""
+    """What a decision needs to know of a request. The prompt itself is not among it. Not to be changed."""
 
     request_id: str
     model: str
