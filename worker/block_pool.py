@@ -59,9 +59,10 @@ class BlockPool:
     def release(self, blocks: Iterable[int]) -> None:
         """One user less of each. Give a sequence's blocks tail first: the tail is then evicted before its prefix."""
         for block in blocks:
-            assert self._ref_counts[block] > 0, f"block {block} is released more often than it was taken"
-            self._ref_counts[block] -= 1
-            if self._ref_counts[block] == 0:
+            users = self._ref_counts[block] - 1
+            assert users >= 0, f"block {block} is released more often than it was taken"
+            self._ref_counts[block] = users
+            if users == 0:
                 if self._cached[block]:
                     self._idle[block] = None
                 else:

@@ -8,7 +8,7 @@ import numpy as np
 
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, Event
 from radix.keys import ROOT_HASH, Hashes
-from worker.cached_block import CachedBlock, hash_of
+from worker.cached_block import CachedBlock
 
 DEVICE_MEDIUM, HOST_MEDIUM = "GPU", "CPU"
 """As vLLM names them."""
@@ -17,42 +17,30 @@ DEVICE_MEDIUM, HOST_MEDIUM = "GPU", "CPU"
 class TierEvents:
     """What changed in one tier since it was told last.
 
-    Changes of different blocks may be told in any order. So all removals are told before all stores, and `removed` says
-    when that would be wrong: a block stored since is removed.
+    Changes of different blocks may be told in any order, so removals are told before stores. That would be wrong
+    for a block that was stored since and is removed: the changes before are to be told first.
     """
 
     def __init__(self, medium: str) -> None:
         self._medium = medium
-        self._removed: list[int] = []
-        self._stored: dict[int, CachedBlock] = {}  # by block hash
-
-    def stored(self, content: CachedBlock) -> None:
-        """The tier holds this now."""
-        self._stored[hash_of(content.key)] = content
-
-    def is_new(self, content: CachedBlock) -> bool:
-        """Whether it was stored since changes were told last: they are to be told before it is removed."""
-        return bool(self._stored) and hash_of(content.key) in self._stored
-
-    def removed(self, content: CachedBlock) -> None:
-        """The tier holds this no longer. It is not new."""
-        self._removed.append(hash_of(content.key))
+        self.removed: list[int] = []
+        self.stored: dict[int, CachedBlock] = {}  # by block hash: those that are to be told before they are removed
 
     def take(self, block_size: int, *, tails_first: bool, include_token_ids: bool) -> list[Event]:
         """Tell the changes, and forget them. `tails_first`: a prefix was stored last block first."""
         events: list[Event] = []
-        if self._removed:
-            events.append(BlockRemoved(np.array(self._removed, np.uint64), self._medium))
-            self._removed = []
-        if self._stored:
-            stored = reversed(self._stored.items()) if tails_first else self._stored.items()
+        if self.removed:
+            events.append(BlockRemoved(np.array(self.removed, np.uint64), self._medium))
+            self.removed = []
+        if self.stored:
+            stored = reversed(self.stored.items()) if tails_first else self.stored.items()
             for parent_hash, chain in _chains(stored):
                 hashes: Hashes = np.fromiter(chain, np.uint64, len(chain))
                 tokens = None
                 if include_token_ids:
                     tokens = np.frombuffer(b"".join(content.tokens for content in chain.values()), np.uint32)
                 events.append(BlockStored(hashes, parent_hash, block_size, tokens, self._medium))
-            self._stored = {}
+            self.stored = {}
         return events
 
 
@@ -72,23 +60,23 @@ class CacheEvents:
 
     def device_stored(self, content: CachedBlock) -> None:
         """A device block is listed."""
-        self._device.stored(content)
+        self._device.stored[content.block_hash] = content
 
     def device_removed(self, content: CachedBlock) -> None:
         """A device block is listed no longer."""
-        if self._device.is_new(content):
+        if content.block_hash in self._device.stored:
             self._tell()
-        self._device.removed(content)
+        self._device.removed.append(content.block_hash)
 
     def host_stored(self, content: CachedBlock) -> None:
         """A host slot holds this."""
-        self._host.stored(content)
+        self._host.stored[content.block_hash] = content
 
     def host_removed(self, content: CachedBlock) -> None:
         """No host slot holds this."""
-        if self._host.is_new(content):
+        if content.block_hash in self._host.stored:
             self._tell()
-        self._host.removed(content)
+        self._host.removed.append(content.block_hash)
 
     def cleared(self) -> None:
         """Nothing is held in any tier."""
@@ -103,9 +91,10 @@ class CacheEvents:
 
     def _tell(self) -> None:
         for tier, tails_first in ((self._host, True), (self._device, False)):
-            self._told += tier.take(
-                self._block_size, tails_first=tails_first, include_token_ids=self._include_token_ids
-            )
+            if tier.removed or tier.stored:
+                self._told += tier.take(
+                    self._block_size, tails_first=tails_first, include_token_ids=self._include_token_ids
+                )
 
 
 def _chains(stored: Iterable[tuple[int, CachedBlock]]) -> Iterator[tuple[int, dict[int, CachedBlock]]]:
@@ -113,7 +102,7 @@ def _chains(stored: Iterable[tuple[int, CachedBlock]]) -> Iterator[tuple[int, di
     chain: dict[int, CachedBlock] = {}
     chain_parent = last = ROOT_HASH
     for block_hash, content in stored:
-        parent_hash = ROOT_HASH if content.parent is None else hash_of(content.parent.key)
+        parent_hash = ROOT_HASH if content.parent is None else content.parent.block_hash
         if chain and (parent_hash == ROOT_HASH or parent_hash != last):
             yield chain_parent, chain
             chain = {}

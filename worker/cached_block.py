@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from radix.hashing import as_tokens
 
@@ -18,6 +18,10 @@ class CachedBlock:
     key: bytes
     tokens: bytes
     parent: CachedBlock | None
+    block_hash: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.block_hash = hash_of(self.key)
 
 
 def pack(tokens: Sequence[int]) -> bytes:

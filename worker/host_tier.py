@@ -21,7 +21,7 @@ class HostTier:
         self.num_slots = num_slots
         self._on_evict = on_evict
         self._free = list(range(num_slots - 1, -1, -1))
-        self._by_hash: dict[bytes, int] = {}  # by the first 8 bytes of a key
+        self._by_hash: dict[int, int] = {}  # by block hash
         self._contents: dict[int, CachedBlock] = {}
         self._copies: OrderedDict[int, None] = OrderedDict()  # the first one goes first
         self._alone: OrderedDict[int, None] = OrderedDict()  # the same
@@ -36,9 +36,9 @@ class HostTier:
         """Blocks held that the device does not list."""
         return len(self._alone) + sum(not copy for copy in self._pinned.values())
 
-    def find(self, key: bytes) -> int | None:
-        """The slot listed under a key's block hash. Whether it holds the same prefix is for the caller to see."""
-        return self._by_hash.get(key[:8])
+    def find(self, block_hash: int) -> int | None:
+        """The slot listed under a block hash. Whether it holds the same prefix is for the caller to see."""
+        return self._by_hash.get(block_hash)
 
     def content(self, slot: int) -> CachedBlock:
         """What a slot holds."""
@@ -48,7 +48,7 @@ class HostTier:
         """A slot for what leaves the device, and is not here yet. None where every slot is pinned: then it is lost."""
         slot = self._slot()
         if slot is not None:
-            self._by_hash[content.key[:8]] = slot
+            self._by_hash[content.block_hash] = slot
             self._contents[slot] = content
             self._alone[slot] = None
         return slot
@@ -82,7 +82,7 @@ class HostTier:
         """Assert that each slot is in one state, and that copies are those that `on_device` knows."""
         states = [*self._free, *self._copies, *self._alone, *self._pinned]
         assert sorted(states) == list(range(self.num_slots)), "a slot is lost, or in two states"
-        assert {content.key[:8]: slot for slot, content in self._contents.items()} == self._by_hash
+        assert {content.block_hash: slot for slot, content in self._contents.items()} == self._by_hash
         assert self._contents.keys().isdisjoint(self._free), "a free slot holds something"
         copies = {*self._copies, *(slot for slot, copy in self._pinned.items() if copy)}
         assert copies == {slot for slot, content in self._contents.items() if on_device(content)}
@@ -95,7 +95,7 @@ class HostTier:
             return None
         slot, _ = queue.popitem(last=False)
         content = self._contents.pop(slot)
-        del self._by_hash[content.key[:8]]
+        del self._by_hash[content.block_hash]
         self._on_evict(content)
         return slot
 

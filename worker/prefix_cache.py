@@ -35,7 +35,7 @@ class PrefixCache:
         self.block_size = block_size
         self.pool = BlockPool(num_blocks, self._evicted)
         self.host = HostTier(host_blocks, self._lost) if host_blocks else None
-        self._by_hash: dict[bytes, int] = {}  # by the first 8 bytes of a key
+        self._by_hash: dict[int, int] = {}
         self._contents: dict[int, CachedBlock] = {}
         self._events = CacheEvents(block_size, include_token_ids=include_token_ids)
         self._saves: dict[int, int] = {}  # host slot -> the device block whose content goes there
@@ -51,10 +51,10 @@ class PrefixCache:
         places: list[int] = []
         previous: CachedBlock | None = None
         for wanted in contents:
-            place = self._by_hash.get(wanted.key[:8])
+            place = self._by_hash.get(wanted.block_hash)
             if place is not None:
                 content = self._contents[place]
-            elif self.host is not None and (slot := self.host.find(wanted.key)) is not None:
+            elif self.host is not None and (slot := self.host.find(wanted.block_hash)) is not None:
                 place, content = ~slot, self.host.content(slot)
             else:
                 break
@@ -107,11 +107,11 @@ class PrefixCache:
         if listed is not None and not same_prefix(listed, content):
             self.collisions += 1
             return
-        if content.key[:8] in self._by_hash:
+        if content.block_hash in self._by_hash:
             return
         assert block not in self._contents, "a listed block is rewritten"
         if listed is not None and self.host is not None:
-            slot = self.host.find(content.key)
+            slot = self.host.find(content.block_hash)
             assert slot is not None
             self.host.set_copy(slot, True)
             content = listed
@@ -138,38 +138,38 @@ class PrefixCache:
     def check(self) -> None:
         """Assert the pool's invariants, that both directions agree, and what the tiers know of each other."""
         self.pool.check()
-        assert {content.key[:8]: block for block, content in self._contents.items()} == self._by_hash
+        assert {content.block_hash: block for block, content in self._contents.items()} == self._by_hash
         if self.host is not None:
             self.host.check(self._on_device)
 
     def _on_device(self, content: CachedBlock) -> bool:
-        block = self._by_hash.get(content.key[:8])
+        block = self._by_hash.get(content.block_hash)
         assert block is None or self._contents[block] is content, "the tiers hold two prefixes under one hash"
         return block is not None
 
     def _listed(self, content: CachedBlock) -> CachedBlock | None:
         """What is listed under the hash of `content`, in any tier."""
-        block = self._by_hash.get(content.key[:8])
+        block = self._by_hash.get(content.block_hash)
         if block is not None:
             return self._contents[block]
-        slot = None if self.host is None else self.host.find(content.key)
+        slot = None if self.host is None else self.host.find(content.block_hash)
         return None if slot is None or self.host is None else self.host.content(slot)
 
     def _list(self, block: int, content: CachedBlock) -> None:
-        self._by_hash[content.key[:8]] = block
+        self._by_hash[content.block_hash] = block
         self._contents[block] = content
         self.pool.set_cached(block, True)
         self._events.device_stored(content)
 
     def _evicted(self, block: int) -> None:
         content = self._contents.pop(block)
-        del self._by_hash[content.key[:8]]
+        del self._by_hash[content.block_hash]
         if self.host is not None:
             self._demote(self.host, block, content)
         self._events.device_removed(content)
 
     def _demote(self, host: HostTier, block: int, content: CachedBlock) -> None:
-        slot = host.find(content.key)
+        slot = host.find(content.block_hash)
         if slot is not None:
             host.set_copy(slot, False)  # it is there already
             return

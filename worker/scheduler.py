@@ -70,7 +70,7 @@ class Scheduler:
             include_token_ids=config.event_token_ids,
         )
         self.waiting: list[Sequence] = []  # by rank
-        self.running: list[Sequence] = []
+        self.running: list[Sequence] = []  # by rank
         self.preemptions = 0
         self.prompt_tokens = 0
         self.cached_prompt_tokens = 0  # in either tier
@@ -97,27 +97,10 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """What the next step computes; blocks for it are allocated. Empty when there is nothing to do."""
-        budget = self.config.max_batched_tokens
-        step: list[Scheduled] = []
-        preemptions, refused = self.preemptions, False
-        for sequence in sorted(self.running, key=_decodes_first):
-            if budget == 0:
-                break
-            if self.preemptions > preemptions and sequence not in self.running:
-                continue  # preempted for a better-ranked one
-            num_tokens = min(sequence.remaining, budget)
-            if self._has_room(sequence, num_tokens):
-                step.append(Scheduled(sequence, num_tokens))
-            elif self._make_room(sequence, num_tokens, step):
-                step.append(self._take_blocks(sequence, num_tokens))
-            else:
-                refused = True
-            if self.preemptions > preemptions:
-                budget = self.config.max_batched_tokens - sum(entry.num_tokens for entry in step)
-            else:
-                budget -= num_tokens
-        if not refused:
-            self._admit(step, budget)
+        # Most of what runs decodes into blocks that it has.
+        step = [Scheduled(s, 1) for s in self.running if s.computed + 1 == len(s.tokens) <= s.writable]
+        if len(step) == len(self.running) or self._go_on(step):
+            self._admit(step)
         if step and self.cache.host is not None:
             step[0].saves = self.cache.take_saves()  # not by entry: whose blocks they made room for may be preempted
         return step
@@ -149,7 +132,8 @@ class Scheduler:
         fork = sequence.fork(choice)
         for block in fork.blocks:
             self.cache.pool.retain(block)
-        self.running.append(fork)
+        sequence.writable = fork.writable = 0
+        insort(self.running, fork, key=_rank)
         return fork
 
     def check(self) -> None:
@@ -159,7 +143,12 @@ class Scheduler:
         for sequence in self.running:
             for block in sequence.blocks:
                 held[block] = held.get(block, 0) + 1
-        pool = self.cache.pool
+        pool, size = self.cache.pool, self.config.block_size
+        for sequence in self.running:
+            if sequence.writable:
+                assert sequence.writable == len(sequence.blocks) * size
+                assert all(held[block] == 1 for block in sequence.blocks[sequence.computed // size :]), "written by two"
+        assert self.running == sorted(self.running, key=_rank)
         assert all(pool.ref_count(block) == held.get(block, 0) for block in range(pool.num_blocks)), "a block leaked"
         assert not any(sequence.blocks for sequence in self.waiting)
         assert len(self.running) <= self.config.max_running
@@ -167,9 +156,35 @@ class Scheduler:
     def _lookup(self, sequence: Sequence) -> list[int]:
         return self.cache.lookup(sequence.reusable())
 
-    def _admit(self, step: list[Scheduled], budget: int) -> None:
+    def _go_on(self, step: list[Scheduled]) -> bool:
+        """Add what else runs, both by rank: decodes that need blocks, then prefill chunks while the token budget lasts.
+        False where there is no room for all of them, so none for more."""
+        others = [s for s in self.running if not s.computed + 1 == len(s.tokens) <= s.writable]
+        others.sort(key=_prefills)
+        fits = True
+        for sequence in others:
+            if sequence not in self.running:
+                continue  # preempted for a better-ranked one
+            num_tokens = min(sequence.remaining, self._budget(step))
+            if num_tokens == 0:
+                break
+            if sequence.computed + num_tokens <= sequence.writable:
+                step.append(Scheduled(sequence, num_tokens))
+            elif self._make_room(sequence, num_tokens, step):
+                step.append(self._take_blocks(sequence, num_tokens))
+            else:
+                fits = False
+        if not _prefills(others[0]):
+            step.sort(key=lambda entry: (_prefills(entry.sequence), entry.sequence.rank))
+        return fits
+
+    def _budget(self, step: list[Scheduled]) -> int:
+        """Tokens that a step can still take."""
+        return self.config.max_batched_tokens - sum([entry.num_tokens for entry in step])
+
+    def _admit(self, step: list[Scheduled]) -> None:
         """Move sequences from waiting to running, best rank first, while one fits as a whole."""
-        while self.waiting and budget > 0:
+        while self.waiting and (budget := self._budget(step)) > 0:
             sequence = self.waiting[0]
             running = sum(1 + other.forks for other in self.running)
             if running + 1 + sequence.forks > self.config.max_running:
@@ -186,7 +201,6 @@ class Scheduler:
             num_tokens = min(sequence.remaining, budget)
             step.append(self._take_blocks(sequence, num_tokens))
             step[-1].loads = loads
-            budget -= num_tokens
 
     def _start(self, sequence: Sequence, cached: list[int]) -> list[tuple[int, int]]:
         sequence.blocks, loads = self.cache.acquire(cached)
@@ -197,21 +211,16 @@ class Scheduler:
             self.prompt_tokens += sequence.prompt_len
             self.cached_prompt_tokens += sequence.computed
             self.host_cached_prompt_tokens += len(loads) * self.config.block_size
-        self.running.append(sequence)
+        insort(self.running, sequence, key=_rank)
         return loads
 
     def _blocks_promised(self) -> int:
         """Blocks that running sequences still need for prompts that were admitted as a whole."""
-        return sum(max(0, self._blocks_for(len(s.tokens)) - len(s.blocks)) for s in self.running)
+        unfinished = (s for s in self.running if len(s.tokens) > s.writable)
+        return sum(max(0, self._blocks_for(len(s.tokens)) - len(s.blocks)) for s in unfinished)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
-
-    def _has_room(self, sequence: Sequence, num_tokens: int) -> bool:
-        """Whether its blocks hold that many more tokens, and the next is written into one that is its own."""
-        size, computed = self.config.block_size, sequence.computed
-        fits = computed + num_tokens <= len(sequence.blocks) * size
-        return fits and self.cache.pool.ref_count(sequence.blocks[computed // size]) == 1
 
     def _needed(self, sequence: Sequence, num_tokens: int) -> int:
         new = self._blocks_for(sequence.computed + num_tokens) - len(sequence.blocks)
@@ -227,7 +236,7 @@ class Scheduler:
     def _make_room(self, sequence: Sequence, num_tokens: int, step: list[Scheduled]) -> bool:
         """Preempt the worst-ranked until the chunk's blocks are available; False when that was `sequence` itself."""
         while self._needed(sequence, num_tokens) > self.cache.pool.available:
-            victim = max(self.running, key=_rank)
+            victim = self.running[-1]
             self._preempt(victim)
             step[:] = [entry for entry in step if entry.sequence is not victim]
             if victim is sequence:
@@ -253,11 +262,13 @@ class Scheduler:
             pool.release([source])
         while len(sequence.blocks) < self._blocks_for(sequence.computed + num_tokens):
             sequence.blocks.append(pool.allocate())
+        sequence.writable = len(sequence.blocks) * self.config.block_size
         return Scheduled(sequence, num_tokens, copies)
 
     def _free_blocks(self, sequence: Sequence) -> None:
         self.cache.pool.release(reversed(sequence.blocks))
         sequence.blocks = []
+        sequence.writable = 0
 
     def _chunk(self, sequence: Sequence, num_tokens: int) -> Chunk:
         start = sequence.computed
@@ -273,9 +284,9 @@ class Scheduler:
         return Chunk(sequence.tokens[start : start + num_tokens], start, list(sequence.blocks), tuple(samples))
 
 
-def _decodes_first(sequence: Sequence) -> tuple[bool, tuple[int, int, int]]:
-    return sequence.remaining > 1, sequence.rank
-
-
 def _rank(sequence: Sequence) -> tuple[int, int, int]:
     return sequence.rank
+
+
+def _prefills(sequence: Sequence) -> bool:
+    return sequence.remaining > 1

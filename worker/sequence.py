@@ -46,6 +46,7 @@ class Sequence:
     tokens: Tokens = field(default_factory=list[int])  # prompt and output
     computed: int = 0  # leading tokens whose KV is in the blocks
     blocks: list[int] = field(default_factory=list)
+    writable: int = 0  # leading tokens that its blocks hold, or 0 where another may hold those to be written, too
     listed: int = 0  # leading full blocks already offered to the prefix cache
     cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
     expected_cached: int = 0  # the same, estimated while waiting

@@ -6,14 +6,13 @@ from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 
 from kv_events.log import EventLog
 from radix.hashing import SALT_BYTES, BlockHasher
 from radix.keys import BlockKeys
-from worker.cached_block import CachedBlock, hash_of
+from worker.cached_block import CachedBlock
 from worker.engine import EngineStatus, StepTimes, status_of
 from worker.plan import SamplingParams
 from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
@@ -24,30 +23,12 @@ _NO_KEYS: BlockKeys = np.empty((0, 2), np.uint64)
 _PARAMS = SamplingParams(max_tokens=1)
 
 
-class TokenCount:
-    """Tokens of which only the number is known."""
-
-    __slots__ = ("count",)
-
-    def __init__(self, count: int) -> None:
-        self.count = count
-
-    def __len__(self) -> int:
-        return self.count
-
-    def __getitem__(self, part: slice, /) -> AnySequence[int]:
-        return range(*part.indices(self.count))
-
-    def append(self, _: int, /) -> None:
-        """One more, whichever."""
-        self.count += 1
-
-
 @dataclass(slots=True, eq=False)
 class SimulatedSequence(Sequence):
     """A sequence whose prompt's blocks are known by their hashes alone. What it generates is found by nobody: a later
     turn's prompt names it anew."""
 
+    tokens: range = range(0)  # type: ignore[assignment]  # only their number is known, and nobody appends to them
     last: int = 1  # tokens of prompt and answer: with them it ends
 
     def contents(self, count: int) -> list[CachedBlock]:
@@ -66,7 +47,7 @@ class SharedCacheScheduler(Scheduler):
     def _start(self, sequence: Sequence, cached: list[int]) -> list[tuple[int, int]]:
         loads = super()._start(sequence, cached)
         given = self.config.block_size * leading(
-            (hash_of(content.key) for content in sequence.reusable()), self._computed
+            (content.block_hash for content in sequence.reusable()), self._computed
         )
         if given > sequence.computed:
             if sequence.cached_tokens == sequence.computed:
@@ -146,8 +127,8 @@ class SimulatedWorker:
         contents: list[CachedBlock] = []
         for block_hash in block_hashes:
             contents.append(CachedBlock(block_hash.to_bytes(8, "little"), b"", contents[-1] if contents else None))
-        request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
-        tokens = TokenCount(prompt_tokens)
+        tokens = range(prompt_tokens)
+        request = EngineRequest(request_id, tokens, _PARAMS, self._hasher, _NO_KEYS, priority)
         last = prompt_tokens + output_tokens
         self.scheduler.add(SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last))
         self._arrivals += 1
@@ -165,7 +146,7 @@ class SimulatedWorker:
         contexts = [entry.sequence.computed for entry in self._step if entry.num_tokens == 1]
         self._decoding, self._context = len(contexts), sum(contexts)
         steady = not self._chunks and preemptions == self.scheduler.preemptions
-        self._leap = min(map(self._steps_alike, self._step)) if steady else 1
+        self._leap = self._steps_alike() if steady else 1
         return self._ends_at()
 
     def interrupt(self, now: float) -> float | None:
@@ -191,20 +172,18 @@ class SimulatedWorker:
         finished: list[str] = []
         leap = self._leap
         for entry in step:
-            sequence = cast(SimulatedSequence, entry.sequence)
-            tokens = cast(TokenCount, sequence.tokens)
+            sequence: SimulatedSequence = entry.sequence  # type: ignore[assignment]
+            tokens = len(sequence.tokens)
             if sequence.computed < sequence.prompt_len:
                 self.scheduler.computed(entry)
-                if sequence.computed < tokens.count:
-                    continue  # not through its prompt, or computed again after a preemption
-                if tokens.count == sequence.prompt_len:
+                if sequence.computed == tokens == sequence.prompt_len:
                     prefilled.append(sequence.request.request_id)
             else:
                 sequence.computed += entry.num_tokens + leap - 1
-                if sequence.computed < tokens.count:
-                    continue
-            tokens.count += leap
-            if tokens.count >= sequence.last:
+            if sequence.computed < tokens:
+                continue  # not through its prompt, or computed again after a preemption
+            sequence.tokens = range(tokens + leap)
+            if tokens + leap >= sequence.last:
                 self.scheduler.remove(sequence)
                 finished.append(sequence.request.request_id)
         self._count(now - self._began_at)
@@ -215,13 +194,16 @@ class SimulatedWorker:
         """As of the end of the last step, as an engine reports it."""
         return status_of(self.scheduler, self._times, self.log)
 
-    def _steps_alike(self, entry: Scheduled) -> int:
-        """Decode steps until this sequence ends or needs a block."""
-        sequence = cast(SimulatedSequence, entry.sequence)
-        if sequence.remaining > 1 or sequence.computed < sequence.prompt_len:
-            return 1
-        room = len(sequence.blocks) * self.scheduler.config.block_size
-        return max(1, min(sequence.last - 1, room) - sequence.computed)
+    def _steps_alike(self) -> int:
+        """Decode steps until a sequence ends or needs a block."""
+        steps = self.scheduler.config.max_model_len
+        for entry in self._step:
+            sequence: SimulatedSequence = entry.sequence  # type: ignore[assignment]
+            computed = sequence.computed
+            if computed < sequence.prompt_len or computed + 1 < len(sequence.tokens):
+                return 1
+            steps = min(steps, sequence.writable - computed, sequence.last - 1 - computed)
+        return max(1, steps)
 
     def _ends_at(self) -> float:
         if self._chunks:

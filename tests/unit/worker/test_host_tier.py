@@ -189,9 +189,9 @@ class TwoTierMachine(RuleBasedStateMachine):
         self.cache.check()
         assert self.cache.host is not None
         device, host = self.reference.device(), self.reference.host()
-        listed = {self.cache._by_hash[content_of(name).key[:8]] for name in device}
+        listed = {self.cache._by_hash[content_of(name).block_hash] for name in device}
         assert len(listed) == len(device) == len(self.cache._contents)
-        assert all(self.cache.host.find(content_of(name).key) is not None for name in host)
+        assert all(self.cache.host.find(content_of(name).block_hash) is not None for name in host)
         assert len(self.cache.host) == len(host)
         assert len(self.cache) == len(device | host)
 
@@ -203,9 +203,9 @@ class TwoTierMachine(RuleBasedStateMachine):
         host_memory.update({slot: memory[block] for slot, block in self.cache._saves.items()})
         memory.update({block: host_memory[slot] for _, block, slot in self.pending})  # type: ignore[index]
         for name in self.reference.device():
-            assert memory[self.cache._by_hash[content_of(name).key[:8]]] == name
+            assert memory[self.cache._by_hash[content_of(name).block_hash]] == name
         for name in self.reference.host():
-            slot = self.cache.host.find(content_of(name).key)
+            slot = self.cache.host.find(content_of(name).block_hash)
             assert slot is not None
             assert host_memory[slot] == name
 
@@ -341,4 +341,4 @@ def test_pinned_slots_are_never_taken() -> None:
     assert host.store(content_of((2,))) is None
     host.unpin_all()
     assert host.store(content_of((2,))) == 0
-    assert np.array_equal([host.find(content_of((number,)).key) for number in (1, 2)], [None, 0])
+    assert np.array_equal([host.find(content_of((number,)).block_hash) for number in (1, 2)], [None, 0])
