@@ -100,6 +100,14 @@ def router(
     policy: Annotated[
         str, typer.Option(help="predicted-ttft, round-robin, or another of router.policies")
     ] = "predicted-ttft",
+    slo_ttft: Annotated[
+        float | None,
+        typer.Option(help="predicted-ttft: seconds to keep to the first token [default: as few as can be]"),
+    ] = None,
+    slo_itl: Annotated[
+        float | None,
+        typer.Option(help="predicted-ttft: seconds to keep from token to token, mean of an answer [default: no limit]"),
+    ] = None,
     max_blocks: Annotated[
         int | None, typer.Option(help="cap of the index: (worker, block) entries in all [default: 67 million]")
     ] = None,
@@ -127,6 +135,7 @@ def router(
     """Start a router. Workers join it by themselves: rhizome worker --router HOST:PORT."""
     from deploy.processes import serve_until_stopped
     from rhizome.ticket import fleet_secret
+    from router.objective import Objective
     from router.service import running_router
 
     optional = {
@@ -136,7 +145,14 @@ def router(
     }
     given: dict[str, Any] = {name: value for name, value in optional.items() if value is not None}
     serving = running_router(
-        host, port, policy=policy, secret=fleet_secret(), observe=observe, insecure=insecure, **given
+        host,
+        port,
+        policy=policy,
+        objective=Objective(slo_ttft, slo_itl),
+        secret=fleet_secret(),
+        observe=observe,
+        insecure=insecure,
+        **given,
     )
     asyncio.run(serve_until_stopped(serving, supervised=supervised))
 

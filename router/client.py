@@ -42,6 +42,8 @@ class Ask(TypedDict, total=False):
     model: str
     policy: str
     priority: int
+    session_id: str
+    tenant: str
     request_id: str
     bypass_prefix_cache: bool
     # Sampling: rhizome.v1.SamplingParams says what each means.
@@ -138,7 +140,7 @@ def build_request(prompt: str | None = None, **ask: Unpack[Ask]) -> router_pb2.G
             request.token_ids.packed = as_tokens(token_ids).astype("<u4", copy=False).tobytes()
     except (TypeError, ValueError, KeyError) as error:
         raise InvalidRequest("prompt", prompt or messages or token_ids, str(error)) from error
-    for name in ("model", "policy", "priority", "request_id", "bypass_prefix_cache"):
+    for name in ("model", "policy", "priority", "session_id", "tenant", "request_id", "bypass_prefix_cache"):
         if name in values:
             _set(request, name, values.pop(name), name)
     for name, value in values.items():

@@ -46,6 +46,7 @@ def prepare(
 
     Touches no shared state. Raises InvalidRequest.
     """
+    validate.check_tenant(request.tenant)
     tokens = _tokens(request, card, tokenizer)
     validate.check_prompt_length(len(tokens), card.max_model_len)
     validate.check_token_ids(tokens, card.vocab_size)
@@ -63,6 +64,7 @@ def prepare(
         sequences=max(1, request.sampling.n),
         policy=request.policy,
         session=request.session_id,
+        tenant=request.tenant,
         priority=request.priority,
         bypass_prefix_cache=request.bypass_prefix_cache,
         streamed=streamed,

@@ -32,6 +32,7 @@ from router.messages import (
     worker_info,
     worker_report,
 )
+from router.objective import Objective
 from router.observed import Observed, observed_card, observing, parse_observed, warn_of_other_block_sizes
 from router.policies import DEFAULT_POLICY
 from router.trace_recorder import RecordedRequest, TraceRecorder, recording_trace
@@ -86,7 +87,7 @@ class RouterService:
             return
         route, card = prepared.route, self._router.card(prepared.route.model)
         seen = RecordedRequest(
-            arrived_s, card.block_size, route.prompt_tokens, route.hashes, route.session, route.priority
+            arrived_s, card.block_size, route.prompt_tokens, route.hashes, route.session, route.priority, route.tenant
         )
         try:
             await self._answer(prepared, context, seen)
@@ -353,6 +354,7 @@ async def running_router(
     port: int = 0,
     *,
     policy: str = DEFAULT_POLICY,
+    objective: Objective | None = None,
     secret: bytes = b"",
     insecure: bool = False,
     lease_s: float = LEASE_S,
@@ -376,6 +378,7 @@ async def running_router(
     observed = [parse_observed(each) for each in observe]
     router = Router(
         policy=policy,
+        objective=objective,
         lease_s=lease_s,
         max_blocks=max_blocks,
         max_blocks_per_worker=max_blocks_per_worker,

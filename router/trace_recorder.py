@@ -43,6 +43,7 @@ class RecordedRequest:
     hashes: Hashes
     session: str
     priority: int
+    tenant: str = ""
     chunks: int = 0
     last_chunk: bytes = b""
 
@@ -73,6 +74,8 @@ def trace_line(request: RecordedRequest, started_s: float, key: bytes) -> bytes:
     }
     if request.session:
         fields["session_id"] = request.session
+    if request.tenant:
+        fields["tenant"] = request.tenant
     if request.priority:
         fields["priority"] = request.priority
     return json.dumps(fields).encode() + b"\n"

@@ -62,6 +62,9 @@ def simulate(
     report_interval: Annotated[float, typer.Option(help="seconds between a worker's load reports")] = 0.5,
     slo_ttft: Annotated[float, typer.Option(help="goodput: most seconds to the first token")] = 5.0,
     slo_itl: Annotated[float, typer.Option(help="goodput: most seconds from token to token, mean of a request")] = 0.1,
+    objective: Annotated[
+        str, typer.Option(metavar="ttft|slo", help="of predicted-ttft: the least TTFT, or the most goodput")
+    ] = "ttft",
     requests: Annotated[int | None, typer.Option(help="only the trace's first ones [default: all]")] = None,
     seed: Annotated[int, typer.Option(help="of which events are lost")] = 0,
     jobs: Annotated[int | None, typer.Option(help="simulations at a time [default: one a CPU]")] = None,
@@ -91,5 +94,6 @@ def simulate(
         host_tier=host_tier,
         seed=seed,
         slo=Slo(slo_ttft, slo_itl),
+        objective=objective,
     )
     run_simulate(plan, setting, jobs=jobs, out=out, as_json=as_json)

@@ -21,6 +21,7 @@ from router.core import Router, RouteRequest
 from router.decision import Decision
 from router.fleet import ModelCard, WorkerInfo, WorkerReport
 from router.holding import PATIENCE_S
+from router.objective import Objective
 from router.table import Floats
 from worker.engine import EngineStatus
 from worker.scheduler import SchedulerConfig
@@ -94,6 +95,7 @@ class Fleet:
         *,
         workers: int,
         policy: str,
+        objective: Objective | None = None,
         routers: int = 1,
         network: Network | None = None,
         seed: int = 0,
@@ -128,7 +130,7 @@ class Fleet:
         self._computed: set[int] | None = set() if policy == BOUND else None  # blocks, by whomever
         for _ in range(routers):
             if self._computed is None:
-                router = Router(policy=policy, lease_s=LEASE_S, validate=validate)
+                router = Router(policy=policy, objective=objective, lease_s=LEASE_S, validate=validate)
             else:
                 router = _BoundRouter(self._computed)
             self._replicas.append(_Replica(router))
@@ -195,7 +197,13 @@ class Fleet:
             return
         replica = self._replica_of(number)
         request = RouteRequest(
-            str(number), "simulated", outcome.prompt_tokens, hashes, session=traced.session, priority=traced.priority
+            str(number),
+            "simulated",
+            outcome.prompt_tokens,
+            hashes,
+            session=traced.session,
+            tenant=traced.tenant,
+            priority=traced.priority,
         )
         try:
             decision = replica.router.submit(request, self.now)

@@ -12,6 +12,7 @@ from deploy.simulate.fleet import BOUND, Network
 from deploy.simulate.results import Case, Setting, Slo
 from deploy.traces.trace import Trace
 from rhizome.errors import InvalidRequest
+from router.objective import Objective
 from router.policies import POLICIES
 from worker.step_time import Hardware
 
@@ -19,6 +20,8 @@ SIMULATED_POLICIES = (*POLICIES, BOUND)
 DEFAULT_POLICIES = ("predicted-ttft", "dynamo", "sglang", "llm-d", "lmetric", "round-robin")
 REFERENCE_POLICY = "round-robin"
 """Loads are shares of the speed that saturates it."""
+
+OBJECTIVES = ("ttft", "slo")
 
 MAX_WORKERS = 4096
 MAX_ROUTERS = 256
@@ -97,8 +100,23 @@ def plan_of(asked: Asked) -> Plan:
     return Plan(plan.workers, plan.policies, speeds=_numbers("--speed", speed, MIN_SPEED, MAX_SPEED))
 
 
+def objective_of(name: str, slo: Slo) -> Objective | None:
+    """What predicted-ttft is to keep. Raises InvalidRequest."""
+    if name not in OBJECTIVES:
+        raise InvalidRequest("--objective", name, f"one of {', '.join(OBJECTIVES)}")
+    return Objective(slo.ttft_s, slo.itl_s) if name == "slo" else None
+
+
 def setting_of(
-    trace: Trace, hardware: Hardware, network: Network, *, routers: int, host_tier: bool, seed: int, slo: Slo
+    trace: Trace,
+    hardware: Hardware,
+    network: Network,
+    *,
+    routers: int,
+    host_tier: bool,
+    seed: int,
+    slo: Slo,
+    objective: str = "ttft",
 ) -> Setting:
     """Raises InvalidRequest."""
     _within("--routers", routers, 1, MAX_ROUTERS)
@@ -114,7 +132,16 @@ def setting_of(
     if host_tier and hardware.host_kv_tokens < trace.block_size:
         limit = f"at least the {trace.block_size} tokens of one of the trace's blocks; without: --no-host-tier"
         raise InvalidRequest(f"hardware {hardware.name}: host_kv_tokens", hardware.host_kv_tokens, limit)
-    return Setting(trace, hardware, network, routers=routers, host_tier=host_tier, seed=seed, slo=slo)
+    return Setting(
+        trace,
+        hardware,
+        network,
+        routers=routers,
+        host_tier=host_tier,
+        seed=seed,
+        slo=slo,
+        objective=objective_of(objective, slo),
+    )
 
 
 def checked_jobs(jobs: int | None) -> int:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 
 from deploy.simulate.fleet import Fleet, Network, Outcome
 from deploy.traces.trace import Trace, trace_line
+from router.objective import Objective
 from worker.step_time import Hardware
 
 SHORT_TOKENS = 8192
@@ -55,6 +56,7 @@ class Setting:
     host_tier: bool = False
     seed: int = 0
     slo: Slo = Slo()
+    objective: Objective | None = None  # of predicted-ttft; None: the least TTFT
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,10 +194,11 @@ def header_of(setting: Setting) -> dict[str, Any]:
         "host_tier": setting.host_tier,
         "seed": setting.seed,
         "slo": asdict(setting.slo),
+        "objective": asdict(setting.objective) if setting.objective else None,
     }
 
 
-SATURATION_FIELDS = ("format", "trace", "hardware", "network", "routers", "host_tier", "seed")
+SATURATION_FIELDS = ("format", "trace", "hardware", "network", "routers", "host_tier", "seed", "objective")
 """Of a header: what saturation depends on."""
 
 

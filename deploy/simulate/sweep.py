@@ -43,6 +43,7 @@ def replay(setting: Setting, case: Case, tell: Tell | None = None) -> Run:
         setting.hardware,
         workers=case.workers,
         policy=case.policy,
+        objective=setting.objective,
         routers=setting.routers,
         network=setting.network,
         seed=setting.seed,

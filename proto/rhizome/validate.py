@@ -33,6 +33,12 @@ def check_request_id(request_id: str) -> None:
         raise InvalidRequest("request_id", request_id, limit)
 
 
+def check_tenant(tenant: str) -> None:
+    """Raise InvalidRequest for a tenant's name that is too long; an empty one is nobody's in particular."""
+    if len(tenant) > MAX_NAME_CHARS:
+        raise InvalidRequest("tenant", tenant, f"at most {MAX_NAME_CHARS} characters")
+
+
 def check_name(field: str, name: str) -> None:
     """A worker's id, a model's name, an address: printable ASCII without spaces, for logs and metadata."""
     if not (0 < len(name) <= MAX_NAME_CHARS and name.isascii() and name.isprintable() and " " not in name):

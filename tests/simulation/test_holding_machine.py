@@ -15,6 +15,7 @@ from router.core import Router, RouteRequest
 from router.decision import Decision
 from router.fleet import ModelCard, WorkerInfo, WorkerReport
 from router.holding import STALE_S
+from router.objective import Objective
 
 CARD = ModelCard("m", max_model_len=100_000, vocab_size=100, block_size=16, tokenizer_sha256="abc")
 WORKERS = ("w0", "w1", "w2")
@@ -35,9 +36,10 @@ class ModelWorker:
 class HoldingMachine(RuleBasedStateMachine):
     """After each change the router is asked who may go, as the service does."""
 
-    @initialize(workers=st.integers(1, 3))
-    def start(self, workers: int) -> None:
-        self.router = Router(lease_s=LEASE_S, validate=True)
+    @initialize(workers=st.integers(1, 3), objective=st.sampled_from([None, None, Objective(1.0, 0.1)]))
+    def start(self, workers: int, objective: Objective | None) -> None:
+        self.objective = objective
+        self.router = Router(objective=objective, lease_s=LEASE_S, validate=True)
         self.now = 0.0
         self.serial = 0
         self.epochs = dict.fromkeys(WORKERS, 0)
@@ -121,13 +123,14 @@ class HoldingMachine(RuleBasedStateMachine):
         tokens=st.sampled_from([10, 400, 5000, 30_000, 30_000]),
         prefix=st.integers(1, 4),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
+        tenant=st.sampled_from(["", "", "a", "b"]),
         policy=st.sampled_from(POLICY_NAMES),
     )
-    def submit(self, tokens: int, prefix: int, priority: int, policy: str) -> None:
+    def submit(self, tokens: int, prefix: int, priority: int, tenant: str, policy: str) -> None:
         self.serial += 1
         name = f"r{self.serial}"
         hashes = np.arange(prefix * 10_000, prefix * 10_000 + tokens // 16, dtype=np.uint64)
-        asked = RouteRequest(name, "m", tokens, hashes, policy=policy, priority=priority)
+        asked = RouteRequest(name, "m", tokens, hashes, policy=policy, priority=priority, tenant=tenant)
         try:
             decision = self.router.submit(asked, self.now)
         except Overloaded:
@@ -197,6 +200,8 @@ class HoldingMachine(RuleBasedStateMachine):
         if not idle:
             return
         assert idle != self.able or not self.held
+        if self.objective:  # what is best for a request depends on how long it has waited then
+            return
         for asked in self.held.values():
             best = min(self.router.explain(asked, self.now).candidates, key=lambda candidate: candidate.score)
             assert best.worker_id not in idle

@@ -35,17 +35,21 @@ class GenerateRequest(_message.Message):
     POLICY_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     SESSION_ID_FIELD_NUMBER: _builtins.int
+    TENANT_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     """[made up by the router] unique among requests in flight"""
     model: _builtins.str
     """[the only one served]"""
     text: _builtins.str
     priority: _builtins.int
+    """smaller goes first, always: others wait as long as there are such"""
     policy: _builtins.str
     """[the router's] one of router.policies"""
     bypass_prefix_cache: _builtins.bool
     session_id: _builtins.str
     """of a conversation, for policies that go by it"""
+    tenant: _builtins.str
+    """for fair shares between tenants; caches are not separated by it"""
     @_builtins.property
     def chat(self) -> _generation_pb2.ChatMessages: ...
     @_builtins.property
@@ -65,10 +69,11 @@ class GenerateRequest(_message.Message):
         policy: _builtins.str = ...,
         bypass_prefix_cache: _builtins.bool = ...,
         session_id: _builtins.str = ...,
+        tenant: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["chat", b"chat", "prompt", b"prompt", "sampling", b"sampling", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "chat", b"chat", "model", b"model", "policy", b"policy", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bypass_prefix_cache", b"bypass_prefix_cache", "chat", b"chat", "model", b"model", "policy", b"policy", "priority", b"priority", "prompt", b"prompt", "request_id", b"request_id", "sampling", b"sampling", "session_id", b"session_id", "tenant", b"tenant", "text", b"text", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     _WhichOneofReturnType_prompt: _TypeAlias = _typing.Literal["text", "chat", "token_ids"]  # noqa: Y015
     _WhichOneofArgType_prompt: _TypeAlias = _typing.Literal["prompt", b"prompt"]  # noqa: Y015

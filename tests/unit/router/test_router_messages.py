@@ -49,6 +49,17 @@ def test_a_prompt_is_hashed_under_the_fleets_secret_and_the_salt_does_not_tell_i
     assert open_keys.message.block_keys == BlockHasher(4, derive_salt("m")).keys(range(9)).tobytes()
 
 
+def test_priority_session_and_tenant_reach_the_decision() -> None:
+    """A tenant's name has a bound, as the router remembers it."""
+    card = ModelCard("m", max_model_len=100, vocab_size=100, block_size=4, tokenizer_sha256="")
+    request = build_request(token_ids=[1, 2], priority=2, session_id="s", tenant="t")
+    route = prepare(request, card, None, b"", streamed=True).route
+    assert (route.priority, route.session, route.tenant) == (2, "s", "t")
+    request.tenant = "t" * 129
+    with pytest.raises(InvalidRequest, match="tenant is 'ttt.*at most 128 characters"):
+        prepare(request, card, None, b"", streamed=True)
+
+
 def test_bytes_that_are_no_message_are_refused() -> None:
     """By the name of the message."""
     assert parse(router_pb2.GenerateRequest, b"") == router_pb2.GenerateRequest()
@@ -58,8 +69,10 @@ def test_bytes_that_are_no_message_are_refused() -> None:
 
 def test_a_client_builds_what_it_is_asked_for() -> None:
     """Prompt, sampling and options each in its place; unset stays unset."""
-    request = build_request("hi", model="m", priority=-3, temperature=0.0, stop=["x"], n=2)
-    assert (request.text, request.model, request.priority) == ("hi", "m", -3)
+    options = {"model": "m", "priority": -3, "session_id": "s", "tenant": "t"}
+    request = build_request("hi", temperature=0.0, stop=["x"], n=2, **options)  # type: ignore[arg-type]
+    assert request.text == "hi"
+    assert {name: getattr(request, name) for name in options} == options
     assert request.sampling == generation_pb2.SamplingParams(temperature=0.0, stop=["x"], n=2)
     assert not request.sampling.HasField("top_p")
     assert build_request(messages=[]).WhichOneof("prompt") == "chat"

@@ -31,10 +31,10 @@ def chunk(completion_tokens: int = 0) -> bytes:
 
 
 def test_a_recording_is_read_as_a_trace(tmp_path: Path) -> None:
-    """Arrivals, lengths, session, priority and shared prefixes come back; lines are in order of ending."""
+    """Arrivals, lengths, session, tenant, priority and shared prefixes come back; lines are in order of ending."""
     path = tmp_path / "seen.jsonl"
     second = request(102.5, [2**64 - 1, 7, 9])
-    second.session, second.priority = "s", 3
+    second.session, second.tenant, second.priority = "s", "t", 3
     for piece in (chunk(1), chunk(), chunk(40)):
         second.delivered(piece)
     with recording_trace(path, 100.0) as recorder:
@@ -45,9 +45,9 @@ def test_a_recording_is_read_as_a_trace(tmp_path: Path) -> None:
     trace = read_trace(path)
     assert trace.block_size == 16
     assert [r.arrival_s for r in trace.requests] == [0, 1.5]
-    assert [(r.input_tokens, r.output_tokens, r.session, r.priority) for r in trace.requests] == [
-        (51, 1, "", 0),
-        (51, 40, "s", 3),
+    assert [(r.input_tokens, r.output_tokens, r.session, r.tenant, r.priority) for r in trace.requests] == [
+        (51, 1, "", "", 0),
+        (51, 40, "s", "t", 3),
     ]
     assert measure_reuse(trace).hits == [0, 2]
 

@@ -117,6 +117,8 @@ def made(**given: Any) -> object:
         ({"network": Network(report_interval_s=0.0)}, "--report-interval is 0.0: 0.001 to 3600"),
         ({"slo": Slo(ttft_s=-1.0)}, "--slo-ttft is -1.0"),
         ({"slo": Slo(itl_s=float("inf"))}, "--slo-itl is inf"),
+        ({"objective": "itl"}, "--objective is 'itl': one of ttft, slo"),
+        ({"objective": "slo", "slo": Slo(ttft_s=0.0)}, "slo_ttft is 0.0: above 0"),
         (
             {"hardware": replace(HARDWARE["70b-4xh100"], kv_tokens=511)},
             "hardware 70b-4xh100: kv_tokens is 511: at least the 512 tokens",
