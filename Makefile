@@ -102,7 +102,13 @@ bench-events: native
 
 .PHONY: bench-routing
 bench-routing: native
+	@$(BIN)/python -c 'import dynamo.llm' 2>/dev/null || \
+		$(BIN)/pip install --quiet --no-build-isolation --editable '.[dev,bench]'
 	$(BIN)/python -m benchmarks.routing $(ARGS)
+
+.PHONY: bench-routing-scale
+bench-routing-scale: native
+	$(BIN)/python -m benchmarks.routing_scale $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from benchmarks.report import goal_text, number
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
+SCALE = ROOT / "router" / "SCALE.md"
 RESULTS = ROOT / "benchmarks" / "results"
 
 Report = dict[str, Any]
@@ -45,6 +47,18 @@ DECODED = (
 )
 TRANSPORTS = ("memory", "grpc", "zmq", "redis")
 STALLED = (0, 1, 3)
+FLEET = re.compile(r"(\S+) N(\d+) ")  # a simulated fleet's rows begin so
+LOADS = ("0.5", "0.8", "1")
+ROUTING = {
+    "at 100% of round-robin's saturation, s": [
+        f"load 1 {what}" for what in ("mean TTFT vs dynamo", "mean TTFT vs dynamo-p16", "short p99 vs dynamo")
+    ],
+    "at 80%, s": ["load 0.8 gap to bound host tier", "load 0.8 gap to bound"],
+    "beside the best other, s": [
+        f"load {load} {what} TTFT vs best other" for load in LOADS for what in ("mean", "p99")
+    ],
+    "requests/s": ["rate carried", "simulated requests"],
+}
 EVENTS_ALONE = (
     "append",
     *(f"publish redis {state}" for state in ("alive", "stopped", "dead")),
@@ -94,17 +108,48 @@ def events_section(report: Report) -> str:
     return "\n\n".join([*parts, _verdict(report)])
 
 
-SECTIONS: dict[str, Callable[[Report], str]] = {"index": index_section, "events": events_section}
+def routing_section(report: Report) -> str:
+    """What routing comes to, trace by trace, and what a decision costs."""
+    rows: Rows = {row["what"]: row for row in report["rows"]}
+    fleets = list(dict.fromkeys(found.group(1, 2) for what in rows if (found := FLEET.match(what))))
+    parts = [_measured_on(report), _alone(rows, [what for what in rows if what.startswith(("decision ", "Route "))])]
+    for title, lines in ROUTING.items():
+        columns = [f"{trace}, N = {workers}" for trace, workers in fleets]
+        grid = [(line, [f"{trace} N{workers} {line}" for trace, workers in fleets]) for line in lines]
+        if any(name in rows for _, names in grid for name in names):
+            parts.append(_grid(title, columns, grid, rows))
+    told = {name for lines in ROUTING.values() for line in lines for name in (f"{t} N{w} {line}" for t, w in fleets)}
+    rest = [what for what in rows if what not in told and not what.startswith(("decision ", "Route "))]
+    return "\n\n".join([*parts, *([_alone(rows, rest)] if rest else []), _verdict(report)])
+
+
+def routing_scale_section(report: Report) -> str:
+    """All rows, as they are."""
+    rows: Rows = {row["what"]: row for row in report["rows"]}
+    return "\n\n".join([_measured_on(report), _alone(rows, rows), _verdict(report)])
+
+
+SECTIONS: dict[str, Callable[[Report], str]] = {
+    "index": index_section,
+    "events": events_section,
+    "routing": routing_section,
+    "routing_scale": routing_scale_section,
+}
+
+
+def page_of(report: Report) -> Path:
+    """Where a report's section is."""
+    return SCALE if report["name"] == "routing_scale" else README
 
 
 def with_section(readme: str, report: Report) -> str:
-    """A README with the report's section replaced. Raises ValueError where its marks are not."""
+    """A page with the report's section replaced. Raises ValueError where its marks are not."""
     name = report["name"]
     start, end = f"<!-- {name} speed -->\n", f"<!-- end of {name} speed -->\n"
     before, found, rest = readme.partition(start)
     _, ended, after = rest.partition(end)
     if not found or not ended:
-        raise ValueError(f"README.md has no {start.strip()} … {end.strip()}")
+        raise ValueError(f"{page_of(report).name} has no {start.strip()} … {end.strip()}")
     return f"{before}{start}\n{SECTIONS[name](report)}\n\n{end}{after}"
 
 
@@ -186,7 +231,8 @@ def main() -> int:
     parser.add_argument("files", type=Path, nargs="*", default=sorted(RESULTS.glob("*.json")), metavar="FILE.json")
     for path in parser.parse_args().files:
         report = json.loads(path.read_text())
-        README.write_text(with_section(README.read_text(), report))
+        page = page_of(report)
+        page.write_text(with_section(page.read_text(), report))
         try:
             from benchmarks.plots import PLOTS
         except ImportError:

@@ -2,8 +2,8 @@
 `make bench-routing`.
 
 Time to first token by policy on simulated fleets, all of the same workers and tree; how fast the simulator is; what a
-decision costs. The two speeds are measured first, in this process, with nothing else of ours running; then simulations
-run in processes of their own, in virtual time: how many at once changes no figure.
+decision costs, in process and over the network. Speeds are measured first, with nothing else of ours running; then
+simulations run in processes of their own, in virtual time: how many at once changes no figure.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from benchmarks.report import Row, machine, print_table, write_json
 from benchmarks.routing_decision import decision_rows
 from benchmarks.routing_plan import FULL, QUICK, Plan, title, traces
 from benchmarks.routing_policies import carried_rows, policy_rows, saturations, speed_rows
+from benchmarks.routing_route import route_rows
 from deploy.traces.trace import Trace
 from radix import BACKEND, BACKEND_REASON
 from rhizome.errors import InvalidRequest
@@ -45,6 +46,8 @@ def run(plan: Plan, known: list[Trace], find: bool, say: Say) -> list[Row]:
 
 def _parts(plan: Plan, known: list[Trace], find: bool, say: Say) -> Iterator[tuple[str, Callable[[], list[Row]]]]:
     yield "decisions", partial(_on_one_core, partial(decision_rows, plan))
+    if plan.route_decisions:
+        yield "decisions over the network", partial(route_rows, plan)
     yield "simulator", partial(_on_one_core, partial(speed_rows, plan, known[0]))
     for trace in known:
         yield f"policies on {title(trace)}", partial(_policies, plan, trace, find, say)
@@ -71,7 +74,7 @@ def _policies(plan: Plan, trace: Trace, find: bool, say: Say) -> list[Row]:
 def main(arguments: list[str] | None = None, plan: Plan | None = None) -> int:
     """The command. Ends with 2 on bad usage, else 0, whether or not the goals are met."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.routing", description="Our routing beside others'.")
-    parser.add_argument("--quick", action="store_true", help="8 workers, each trace's first 1,500 requests")
+    parser.add_argument("--quick", action="store_true", help="8 workers, the first 1,000 requests of one trace")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows there, too")
     parser.add_argument(
         "--trace", type=Path, action="append", default=[], metavar="FILE", help="instead of those in ../shared/traces"

@@ -28,7 +28,8 @@ class Plan:
     workers: tuple[int, ...] = (8, 16)
     loads: tuple[float, ...] = (0.5, 0.8, 1.0)
     requests: int | None = None  # the trace's first ones; None: all
-    generated: int = 8_000  # requests of a trace that is made here
+    traces: int | None = None  # the first ones of those known
+    generated: int = 4_000  # requests of a trace that is made here
     saturations: tuple[tuple[str, float], ...] = (("conversation", 3.13 / 16),)  # known: by trace, for each worker
     carried: bool = True  # search the rate that the policies carry, too
     speed_workers: int = 16
@@ -41,27 +42,36 @@ class Plan:
     decisions: int = 20_000
     warm_up: int = 1_000  # decisions that do not count
 
+    route_decisions: int = 4_000  # over the network, at decision_workers and decision_tokens
+    route_warm_up: int = 400
+    route_prompts: int = 64
+    route_repeats: int = 3
+
 
 FULL = Plan()
 _FIRST_SYNTHETIC = ("synthetic", 1.493 / 8)  # of its first 1,500 requests at 8 workers, as --find-saturation finds it
 QUICK = Plan(
     workers=(8,),
     loads=(0.8, 1.0),
-    requests=1_500,
-    generated=1_500,
+    traces=1,
+    requests=1_000,
+    generated=1_000,
     carried=False,
     decisions=5_000,
+    route_decisions=600,
+    route_repeats=1,
     saturations=(*FULL.saturations, _FIRST_SYNTHETIC),
 )
 
 
 def traces(plan: Plan, files: Sequence[Path]) -> list[Trace]:
-    """The files given, else the published traces where they are found, else generated ones. Raises InvalidRequest."""
-    paths = list(files) or [path for path in FOUND if path.is_file()]
-    known = [read_trace(path) for path in paths] or [
-        synthesize(PRESETS[name], plan.generated, seed=1, name=name) for name in GENERATED
-    ]
-    return known if plan.requests is None else [trace.head(plan.requests) for trace in known]
+    """The files given, else the published traces where they are found and generated ones. Raises InvalidRequest."""
+    known = [read_trace(path) for path in files or FOUND if files or path.is_file()][: plan.traces]
+    if not files and (plan.traces is None or len(known) < plan.traces):
+        known += [synthesize(PRESETS[name], plan.generated, seed=1, name=name) for name in GENERATED]
+    return (
+        known[: plan.traces] if plan.requests is None else [trace.head(plan.requests) for trace in known[: plan.traces]]
+    )
 
 
 def title(trace: Trace) -> str:

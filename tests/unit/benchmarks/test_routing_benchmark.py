@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import routing
+from benchmarks import routing, routing_scale
 from benchmarks.routing_plan import Plan, traces
 from benchmarks.routing_policies import carried_rows
+from benchmarks.routing_route import route_rows
+from benchmarks.routing_scale import ScalePlan
 from deploy.traces.synthesize import synthesize
 from deploy.traces.trace import write_trace
 from deploy.traces.workload import PRESETS
@@ -29,6 +31,10 @@ TINY = Plan(
     decision_prompts=12,
     decisions=30,
     warm_up=5,
+    route_decisions=0,
+    route_warm_up=5,
+    route_prompts=4,
+    route_repeats=1,
 )
 
 
@@ -96,6 +102,28 @@ def test_without_files_there_are_traces_all_the_same() -> None:
     known = traces(Plan(requests=20, generated=30), ())
     assert known
     assert {len(trace) for trace in known} == {20}
+    assert {"chat", "agent"} <= {trace.name for trace in known}
+    assert len(traces(Plan(requests=20, generated=30, traces=1), ())) == 1
+
+
+def test_a_router_serves_all_decisions_over_the_network() -> None:
+    """Decisions a second of its own and by the clock, and what a client waits; beside the peer's where it is there."""
+    found = {each.what: each for each in route_rows(replace(TINY, route_decisions=20))}
+    assert {"Route decisions 256 tokens W8", "Route p99 256 tokens W8"} <= found.keys()
+    assert all(each.ours > 0 for each in found.values())
+
+
+def test_scaling_gives_rows_for_one_router_and_for_several(tmp_path: Path) -> None:
+    """What decisions, reports, events and memory cost, and fleets beside the same behind one router."""
+    path = tmp_path / "scale.json"
+    plan = ScalePlan(
+        (2,), decisions=30, entries=5_000, batches=50, requests=50, least_requests=100, fleets=((2, 1), (2, 2))
+    )
+    assert routing_scale.main(["--json", str(path)], plan) == 0
+    rows = {each["what"]: each for each in json.loads(path.read_text())["rows"]}
+    assert {"decisions 8192 tokens W2", "report W2", "events applied", "memory of a worker"} <= rows.keys()
+    assert rows["rag mean TTFT W2 R1"]["peer"] is None
+    assert rows["rag mean TTFT W2 R2"]["peer"] == rows["rag mean TTFT W2 R1"]["ours"]
 
 
 @pytest.mark.parametrize(
