@@ -26,10 +26,9 @@ class PooledHolder:
         """Blocks with these keys, idle, each filled with bytes made from its key."""
         blocks = [self.pool.allocate() for _ in keys]
         for key, block in zip(keys, blocks, strict=True):
-            for view, piece in zip(
-                self.memory.views(block), np.split(content(key, self.memory), self.memory.layout.planes)
-            ):
-                view[:] = piece.tobytes()
+            data = memoryview(content(key, self.memory.layout))
+            for view in self.memory.views(block):
+                view[:], data = data[: len(view)], data[len(view) :]
             self._by_key[key] = block
             self.pool.set_cached(block, True)
         self.pool.release(reversed(blocks))
@@ -71,10 +70,10 @@ def keys_of(count: int, name: str = "k") -> list[bytes]:
     return [f"{name}{number:015d}".encode()[:16].ljust(16, b".") for number in range(count)]
 
 
-def content(key: bytes, memory: BlockMemory) -> np.ndarray:
+def content(key: bytes, layout: BlockLayout) -> bytes:
     """What a block with that key holds: no byte is 0."""
     seed = int.from_bytes(key, "little")
-    return np.random.default_rng(seed).integers(1, 256, memory.layout.block_bytes, dtype=np.uint8)
+    return np.random.default_rng(seed).integers(1, 256, layout.block_bytes, dtype=np.uint8).tobytes()
 
 
 def held(memory: BlockMemory, slot: int) -> bytes:

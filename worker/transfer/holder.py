@@ -13,9 +13,11 @@ import numpy as np
 
 from rhizome.errors import Conflict, NotServed, Overloaded, RhizomeError
 from rhizome.transfer_ticket import LEASE_ID_BYTES, TransferTicket, read_signed, sign
+from worker.transfer.errors import Refused
 from worker.transfer.leases import MAX_LEASE_S, BlockHolder, Lease, Leases
 from worker.transfer.memory import BlockMemory
 from worker.transfer.messages import (
+    LEASE_ENDED,
     Grant,
     How,
     PullRequest,
@@ -84,7 +86,10 @@ class Holder:
         return sign(self.secret, ticket)
 
     def serve(self, payload: bytes) -> Iterator[Pieces]:
-        """Answer a PULL's payload: what is to be sent, in order, as soon as it is ready. A refusal is an answer."""
+        """Answer a PULL's payload: what is to be sent, in order, as soon as it is ready. A refusal is an answer.
+
+        Raises Refused when the lease ends on the way: what was promised does not follow, and the stream is to be ended.
+        """
         try:
             request = decode_pull(payload)
             lease = self._open(request)
@@ -110,7 +115,7 @@ class Holder:
             yield pieces + told
             pieces = []
             if not alive:
-                return
+                raise Refused(LEASE_ENDED)
         if pieces:
             yield pieces
 

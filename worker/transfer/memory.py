@@ -70,6 +70,7 @@ class BlockMemory:
         self.pieces: Bytes = flat.reshape(layout.planes, num_blocks, layout.piece_bytes)
         self.address: int = flat.ctypes.data
         self.generations: NDArray[np.uint32] = np.zeros(num_blocks, dtype=np.uint32)
+        self.in_flight: set[int] = set()  # slots that a transport may still write, after its pull was given up
         self.descriptor: int | None = None  # of the file that others can map, if it is shared
 
     @classmethod
@@ -136,6 +137,8 @@ class BlockMemory:
         for block in blocks:
             if not 0 <= block < self.num_blocks:
                 raise InvalidRequest(field, block, f"0 to {self.num_blocks - 1}")
+            if block in self.in_flight:
+                raise InvalidRequest(field, block, "a transfer that was given up still writes there")
 
     def close(self) -> None:
         """Let go of the file that is shared; the memory itself goes with its last user."""

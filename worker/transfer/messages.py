@@ -33,6 +33,7 @@ DIGEST_BYTES = 8
 BATCH_BYTES = 1 << 20  # of blocks in a batch, or one block: enough to cost little, little enough to stay in a cache
 MAX_BATCH_BLOCKS = 256
 MAX_TEXT_BYTES = 1024
+LEASE_ENDED = "the lease ended on the way"
 MAX_ATTACHED_BYTES = 64 << 10  # a NIXL agent's metadata is under 1 KiB
 
 _MAGIC = b"RZT1"
@@ -205,7 +206,7 @@ def read_batch_head(head: bytes | bytearray) -> list[int]:
     if magic != _BATCH_MAGIC:
         raise TransferFailed(f"a batch begins {bytes(head[:4])!r}")
     if status == Status.EXPIRED:
-        raise Refused("the lease ended on the way")
+        raise Refused(LEASE_ENDED)
     if status != Status.OK:
         raise TransferFailed(f"a batch of status {status}")
     return list(struct.unpack_from(f"<{(len(head) - BATCH.size) // DIGEST_BYTES}Q", head, BATCH.size))

@@ -34,7 +34,8 @@ class Attempt:
 @dataclass(frozen=True, slots=True)
 class PullResult:
     """What came of a pull: the first `blocks` of those `wanted` lie in their slots, verified; the other slots are as
-    they were, or zero. `reason` says why not all came; "" if they did."""
+    they were, or zero. `reason` says why not all came; "" if they did. Slots `in_flight` (`nixl` only, and only after a
+    deadline) may still be written: they are not to be used before they left the memory's `in_flight`."""
 
     blocks: int
     wanted: int
@@ -42,6 +43,7 @@ class PullResult:
     seconds: float
     attempts: tuple[Attempt, ...]
     reason: str
+    in_flight: tuple[int, ...] = ()
 
     @property
     def transport(self) -> str:
@@ -121,6 +123,7 @@ class Puller:
             self._clock() - started,
             tuple(progress.attempts),
             reason if progress.arrived < len(keys) else "",
+            tuple(slot for slot in slots[progress.arrived :] if slot in self.memory.in_flight),
         )
 
     def ways(self, offers: Sequence[str]) -> list[tuple[Transport, Offer]]:

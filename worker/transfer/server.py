@@ -10,7 +10,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from rhizome.errors import InvalidRequest, RhizomeError
@@ -21,6 +21,7 @@ from worker.transfer.leases import MAX_LEASE_S
 from worker.transfer.messages import ASKED, HEADER, Kind, decode_release, read_header
 from worker.transfer.transports import Offer
 from worker.transfer.transports.local import local_offer
+from worker.transfer.transports.nixl import NixlEndpoint
 from worker.transfer.transports.shm import host_identity, same_user, send_memory
 from worker.transfer.transports.sockets import SocketWire
 
@@ -47,11 +48,11 @@ class TransferServer:
         tcp: str | None = "127.0.0.1:0",
         shm: bool = True,
         grpc: str | None = None,
-        nixl: Callable[[], bytes] | None = None,
+        nixl: NixlEndpoint | None = None,
         insecure: bool = False,
     ) -> None:
-        """`nixl`: NixlEndpoint.attached of the holder's memory. Raises InvalidRequest for a TCP address that is not
-        loopback, unless `insecure`: tickets and blocks go in the clear."""
+        """`nixl`: over the holder's memory. Raises InvalidRequest for a TCP address that is not loopback, unless
+        `insecure`: tickets and blocks go in the clear."""
         self.holder = holder
         self._tcp = None if tcp is None else _address(tcp, insecure)
         self._shm = shm and holder.memory.descriptor is not None and host_identity() != ""
@@ -152,9 +153,7 @@ class TransferServer:
                     wire.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 elif not same_user(wire.socket):
                     return
-            patience = FIRST_WORD_S
-            while self._answer(wire, attach, patience):
-                patience = IDLE_S
+            self._answer_all(wire, attach)
         except (RhizomeError, OSError):
             pass  # whoever asked sees the connection end; a refusal was an answer
         finally:
@@ -162,24 +161,36 @@ class TransferServer:
             with self._lock:
                 del self._connections[wire]
 
-    def _answer(self, wire: SocketWire, attach: Attach, patience: float) -> bool:
-        """Read one message and answer it; whether there may be more."""
+    def _answer_all(self, wire: SocketWire, attach: Attach) -> None:
+        """Answer what is asked, until the other end hangs up."""
+        with ExitStack() as reading:  # holds something while the other end reads our memory through NIXL
+            patience = FIRST_WORD_S
+            while (message := self._message(wire, patience)) is not None:
+                kind, payload = message
+                if kind is not Kind.RELEASE and self._nixl is not None and wire.socket.family != socket.AF_UNIX:
+                    reading.close()
+                    self._nixl.begin()
+                    reading.callback(self._nixl.end)
+                if kind is Kind.PULL:
+                    left = self._within(MAX_LEASE_S)
+                    for pieces in self.holder.serve(payload):
+                        wire.send(pieces, left)
+                elif kind is Kind.RELEASE:
+                    reading.close()
+                    self.holder.release(decode_release(payload))
+                else:
+                    attach(wire.socket)
+                patience = IDLE_S
+
+    def _message(self, wire: SocketWire, patience: float) -> tuple[Kind, bytes] | None:
         header = bytearray(HEADER.size)
         if wire.receive([memoryview(header)], self._within(patience)) < len(header):
-            return False
+            return None
         kind, size = read_header(header, ASKED)
         payload = bytearray(size)
         if wire.receive([memoryview(payload)], self._within(FIRST_WORD_S)) < size:
-            return False
-        if kind is Kind.PULL:
-            left = self._within(MAX_LEASE_S)
-            for pieces in self.holder.serve(bytes(payload)):
-                wire.send(pieces, left)
-        elif kind is Kind.RELEASE:
-            self.holder.release(decode_release(bytes(payload)))
-        else:
-            attach(wire.socket)
-        return True
+            return None
+        return kind, bytes(payload)
 
     def _within(self, seconds: float) -> Callable[[], float]:
         deadline = Deadline(seconds)
@@ -197,7 +208,7 @@ class TransferServer:
     def _send_agent(self, connected: socket.socket) -> None:
         if self._nixl is None:
             raise TransferFailed("no nixl here")
-        connected.sendall(self._nixl())
+        connected.sendall(self._nixl.attached())
 
 
 def _address(text: str, insecure: bool) -> tuple[str, int]:

@@ -1,7 +1,8 @@
 """Ways to a holder. A transport opens channels; a channel fetches blocks into the puller's memory, batch by batch.
 
 What a transport must do, whatever happens: write into no other slots than those it was given, into none after `fetch`
-ended or its generator was closed, and raise only TransferFailed, Refused or OutOfTime.
+ended or its generator was closed (or enter them in the memory's `in_flight`, zero them when that is over, and take them
+out), and raise only TransferFailed, Refused or OutOfTime.
 """
 
 from __future__ import annotations

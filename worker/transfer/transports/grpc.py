@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import grpc
 
 from rhizome.errors import InvalidRequest
 from worker.transfer.deadline import Deadline
-from worker.transfer.errors import OutOfTime, TransferFailed
+from worker.transfer.errors import OutOfTime, Refused, TransferFailed
 from worker.transfer.holder import Holder, Pieces
 from worker.transfer.messages import ASKED, HEADER, Kind, decode_release, read_header
 from worker.transfer.transports import Offer
@@ -21,6 +22,7 @@ from worker.transfer.transports.stream import Refill, StreamChannel
 
 SERVICE = "rhizome.v1.BlockTransfer"
 CHUNK_BYTES = 1 << 20
+RELEASE_S = 0.5
 MAX_CHANNELS = 64  # to as many holders; the longest unused goes
 
 
@@ -31,8 +33,9 @@ def handlers(holder: Holder) -> grpc.GenericRpcHandler:
     """
 
     def pull(payload: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: ARG001
-        for pieces in holder.serve(payload):
-            yield from chunks(pieces)
+        with suppress(Refused):
+            for pieces in holder.serve(payload):
+                yield from chunks(pieces)
 
     def release(payload: bytes, context: grpc.ServicerContext) -> bytes:
         try:
@@ -96,8 +99,11 @@ class GrpcStream:
             raise TransferFailed(f"{error.code().name}: {error.details()}") from None
 
     def release(self, lease_id: bytes) -> None:
-        """See Stream."""
-        self._release.future(lease_id, timeout=1.0)
+        """See Stream. Waits, as a call that nobody waits for is cancelled."""
+        try:
+            self._release(lease_id, timeout=RELEASE_S)
+        except grpc.RpcError as error:
+            raise TransferFailed(f"{error.code().name}: {error.details()}") from None
 
     def close(self) -> None:
         """See Stream."""

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 
 from worker.transfer.deadline import Deadline
-from worker.transfer.errors import TransferFailed
+from worker.transfer.errors import Refused, TransferFailed
 from worker.transfer.holder import Holder
 from worker.transfer.messages import ASKED, HEADER, Kind, read_header
 from worker.transfer.transports import Offer
@@ -53,9 +54,10 @@ class LocalStream:
 
 
 def _pieces(holder: Holder, payload: bytes) -> Iterator[memoryview]:
-    for pieces in holder.serve(payload):
-        for piece in pieces:
-            yield memoryview(piece)
+    with suppress(Refused):
+        for pieces in holder.serve(payload):
+            for piece in pieces:
+                yield memoryview(piece)
 
 
 class LocalTransport:

@@ -1,9 +1,9 @@
-"""`nixl`: the puller reads the holder's memory through NVIDIA's NIXL (PyPI `nixl`) over UCX; control goes over TCP.
+"""`nixl`: the puller reads the holder's memory through NVIDIA's NIXL over UCX; control goes over TCP.
 
-Optional: `pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1`. Without --no-deps it brings 6 GB of CUDA, which it does
-not need: it runs on hosts without a GPU. It has to be switched on, as it busy-polls, and as its listeners know no
-tickets: whoever reaches them and knows an address can read the memory. They stay on loopback (UCX_NET_DEVICES=lo)
-unless told otherwise.
+Optional: the extra `nixl`, which is PyPI's `nixl-cu13`: it runs on hosts without a GPU; it needs torch, but no CUDA.
+(PyPI's `nixl` imports torch to choose between it and `nixl-cu12`, and brings both.) It must be switched on: whoever
+reaches its listeners and knows an address can read the memory, without a ticket. They stay on loopback
+(UCX_NET_DEVICES=lo) unless told otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import threading
 import time
 import uuid
 from collections.abc import Generator, Sequence
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
@@ -22,23 +23,26 @@ from numpy.typing import NDArray
 
 from rhizome.errors import InvalidRequest
 from worker.transfer.deadline import Deadline
-from worker.transfer.errors import TransferFailed
+from worker.transfer.errors import OutOfTime, TransferFailed
 from worker.transfer.memory import TAG_BYTES, BlockLayout, BlockMemory
 from worker.transfer.messages import Grant, How, Kind, frame
 from worker.transfer.transports import Batch, Offer
 from worker.transfer.transports.stream import StreamChannel
 from worker.transfer.transports.tcp import SocketStream, connect_tcp
 
-INSTALL = "pip install --no-deps nixl==1.5.1 nixl-cu13==1.5.1"
+INSTALL = "pip install 'rhizome[nixl]'"
+MODULES = ("nixl_cu13", "nixl_cu12", "nixl_rocm")
 WINDOW_BYTES = 16 << 20  # read at a time: enough to be fast, and what may be under way when a deadline passes
 SPINS = 200  # looks at a transfer's state before sleeping between them
+POLL_S = 50e-6
+IDLE_POLL_S = 0.02  # while nobody reads: peers that did still take leave of UCX
 
 _ATTACHED = struct.Struct(f"<QQII{TAG_BYTES}s")  # address, block_bytes, planes, num_blocks, tag; then metadata
 
 
 def has_nixl() -> bool:
     """Whether it is installed."""
-    return find_spec("nixl") is not None
+    return any(find_spec(module) is not None for module in MODULES)
 
 
 class NixlEndpoint:
@@ -49,13 +53,15 @@ class NixlEndpoint:
         if not insecure:
             os.environ.setdefault("UCX_NET_DEVICES", "lo")
         os.environ.setdefault("NIXL_LOG_LEVEL", "WARN")
-        try:
-            import nixl
-        except ImportError as error:
-            raise InvalidRequest("transfer", "nixl", f"{INSTALL} ({error})") from None
+        module = next((module for module in MODULES if find_spec(module) is not None), None)
+        if module is None:
+            raise InvalidRequest("transfer", "nixl", INSTALL)
+        api: Any = import_module(f"{module}._api")
         self.memory = memory
         self.lock = threading.Lock()  # around all calls of the agent
-        self.agent: Any = nixl.nixl_agent(f"rhizome-{uuid.uuid4()}", nixl.nixl_agent_config(backends=["UCX"]))
+        # Its own progress thread would take half a core or more, always: ours runs while somebody reads.
+        config = api.nixl_agent_config(enable_prog_thread=False, backends=["UCX"])
+        self.agent: Any = api.nixl_agent(f"rhizome-{uuid.uuid4()}", config)
         if "UCX" not in self.agent.backends:
             raise InvalidRequest("transfer", "nixl", "its UCX backend must start")
         whole = self.agent.get_reg_descs([(memory.address, memory.size_bytes, 0, "")], "DRAM")
@@ -63,7 +69,13 @@ class NixlEndpoint:
         self._slots = self.agent.prep_xfer_dlist(
             "NIXL_INIT_AGENT", _places(memory.address, memory.layout, memory.num_blocks), "DRAM"
         )
+        self._reading = threading.Condition()
+        self._readers = 0
+        self._closed = False
+        self._left: dict[Any, tuple[str, Sequence[int]]] = {}  # transfer -> its holder's agent, and its slots
         self._remotes: dict[str, tuple[Any, int]] = {}  # agent -> its places, and how many channels use them
+        self._progress = threading.Thread(target=self._make_progress, name="rhizome-nixl", daemon=True)
+        self._progress.start()
 
     def attached(self) -> bytes:
         """The answer to an ATTACH."""
@@ -74,6 +86,29 @@ class NixlEndpoint:
             self.memory.address, layout.block_bytes, layout.planes, self.memory.num_blocks, layout.tag
         )
         return frame(Kind.ATTACHED, where, metadata)
+
+    def begin(self) -> None:
+        """Somebody is about to read our memory: answer what UCX asks for, until `end`."""
+        with self._reading:
+            self._readers += 1
+            self._reading.notify()
+
+    def end(self) -> None:
+        """One reader less."""
+        with self._reading:
+            self._readers -= 1
+
+    def _make_progress(self) -> None:
+        pause = IDLE_POLL_S
+        while True:
+            with self._reading:
+                self._reading.wait(pause)
+                if self._closed:
+                    return
+                pause = POLL_S if self._readers or self._left else min(2 * pause, IDLE_POLL_S)
+            with self.lock:
+                self.agent.get_new_notifs()
+            self._look_after()
 
     def add_remote(self, address: int, num_blocks: int, metadata: bytes) -> str:
         """Know a holder's agent and its blocks. Returns the agent's name."""
@@ -97,44 +132,64 @@ class NixlEndpoint:
                 self.agent.remove_remote_agent(name)
 
     def read(self, name: str, blocks: Sequence[int], num_blocks: int, slots: Sequence[int], deadline: Deadline) -> None:
-        """Read a holder's blocks into slots; returns when nothing more is under way, whatever happened."""
+        """Read a holder's blocks into slots. Raises TransferFailed or OutOfTime.
+
+        UCX may go on writing after a transfer was cancelled, and in any case after a deadline: these slots are in the
+        memory's `in_flight` until it no longer does.
+        """
         planes = self.memory.layout.planes
         there = [plane * num_blocks + block for block in blocks for plane in range(planes)]
         here = [plane * self.memory.num_blocks + slot for slot in slots for plane in range(planes)]
         with self.lock:
             handle = self.agent.make_prepped_xfer("READ", self._slots, here, self._remotes[name][0], there)
             state = self.agent.transfer(handle)
-        try:
-            spins = 0
-            while state == "PROC":
+        spins = 0
+        while state == "PROC":
+            spins += 1
+            time.sleep(0 if spins < SPINS else POLL_S)
+            try:
                 deadline.left()
-                spins += 1
-                time.sleep(0 if spins < SPINS else 50e-6)
-                with self.lock:
-                    state = self.agent.check_xfer_state(handle)
-        finally:
-            self._settle(handle, state)
+            except OutOfTime:
+                self._leave(handle, name, slots)
+                raise
+            with self.lock:
+                state = self.agent.check_xfer_state(handle)
+        with self.lock:
+            handle.release()
         if state != "DONE":
             raise TransferFailed(f"nixl: the transfer ended as {state}")
 
-    def _settle(self, handle: Any, state: str) -> None:
-        """Cancel what is under way, and wait until it no longer writes: longer than a deadline if need be."""
-        while True:
+    def _leave(self, handle: Any, name: str, slots: Sequence[int]) -> None:
+        """Let a transfer come to its end in the background: when the holder goes on, or UCX finds that it is gone."""
+        self.memory.in_flight.update(slots)
+        with self.lock:
+            places, users = self._remotes[name]
+            self._remotes[name] = (places, users + 1)
+        with self._reading:
+            self._left[handle] = (name, slots)
+            self._reading.notify()
+
+    def _look_after(self) -> None:
+        """Those that were left and have ended since: nothing writes into their slots any more."""
+        for handle, (name, slots) in list(self._left.items()):
             with self.lock:
                 try:
+                    if self.agent.check_xfer_state(handle) == "PROC":
+                        continue
                     handle.release()
-                    return
-                except Exception:
-                    if state != "PROC":
-                        return
-                try:
-                    state = self.agent.check_xfer_state(handle)
-                except Exception:
-                    state = "ERR"
-            time.sleep(0.001)
+                except Exception:  # noqa: S110 - NIXL's own: the connection is gone, and the transfer with it
+                    pass
+            del self._left[handle]
+            self.remove_remote(name)
+            self.memory.zero(slots)
+            self.memory.in_flight.difference_update(slots)
 
     def close(self) -> None:
         """Forget the memory."""
+        with self._reading:
+            self._closed = True
+            self._reading.notify()
+        self._progress.join()
         with self.lock:
             self._slots.release()
             self.agent.deregister_memory(self._registered)
@@ -186,7 +241,7 @@ class NixlChannel(StreamChannel):
             span = slice(part[0].start, part[-1].stop)
             try:
                 self._endpoint.read(self._name, blocks[span], self._num_blocks, slots[span], deadline)
-            except (TransferFailed, OSError):
+            except (TransferFailed, OutOfTime):
                 raise
             except Exception as error:
                 deadline.left()

@@ -19,9 +19,9 @@ from rhizome.errors import InvalidRequest
 from worker.transfer.deadline import Deadline
 from worker.transfer.errors import Refused, TransferFailed
 from worker.transfer.memory import TAG_BYTES, BlockLayout, BlockMemory
-from worker.transfer.messages import HEADER, Grant, How, Kind, frame, read_header
+from worker.transfer.messages import HEADER, LEASE_ENDED, Grant, How, Kind, frame, read_header
 from worker.transfer.transports import Batch, Offer
-from worker.transfer.transports.stream import StreamChannel
+from worker.transfer.transports.stream import Stream, StreamChannel
 from worker.transfer.transports.tcp import SocketStream
 
 _ATTACHED = struct.Struct(f"<QII{TAG_BYTES}s")  # block_bytes, planes, num_blocks, tag
@@ -91,7 +91,7 @@ class ShmChannel(StreamChannel):
 
     how = How.FROM_MEMORY
 
-    def __init__(self, stream: SocketStream, source: BlockMemory, *, verify: bool = True) -> None:
+    def __init__(self, stream: Stream, source: BlockMemory, *, verify: bool = True) -> None:
         super().__init__(stream, verify=verify)
         self._source = source
 
@@ -111,7 +111,7 @@ class ShmChannel(StreamChannel):
             told = self.batch(len(batch), [], deadline)
             now = source.generations[grant.blocks[batch.start : batch.stop]]
             if (now != grant.generations[batch.start : batch.stop]).any():
-                raise Refused("the lease ended while its blocks were read")
+                raise Refused(LEASE_ENDED)
             yield Batch(told, found if self.verify else told)
 
     def close(self) -> None:
