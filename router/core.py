@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import numpy as np
 
 from kv_events.view import WorkerView
@@ -12,6 +10,7 @@ from rhizome.errors import Conflict, Duplicate, InvalidRequest, RhizomeError
 from router.choice import Choice, prompt_of
 from router.decision import Comparison, Decision
 from router.fleet import LEASE_S, Fleet, ModelCard, WorkerInfo, WorkerReport
+from router.fleet_timing import FleetTiming
 from router.index import Index
 from router.late_binding import LateBinding
 from router.load import Load, Reservation
@@ -20,26 +19,9 @@ from router.policies import DEFAULT_POLICY
 from router.prediction import Predicted
 from router.request import RouteRequest
 from router.table import Column, Floats, WorkerTable
-from router.timing import PRIOR, StepCosts, WorkerTiming, average
+from router.timing import PRIOR, StepCosts
 
-__all__ = ["PredictionCounts", "RouteRequest", "Router"]
-
-
-@dataclass(slots=True)
-class PredictionCounts:
-    """How good the predicted times to first token were, over all requests whose first token was seen."""
-
-    requests: int = 0
-    predicted_s: float = 0.0
-    observed_s: float = 0.0
-    absolute_error_s: float = 0.0
-
-    def add(self, predicted_s: float, observed_s: float) -> None:
-        """One more first token."""
-        self.requests += 1
-        self.predicted_s += predicted_s
-        self.observed_s += observed_s
-        self.absolute_error_s += abs(predicted_s - observed_s)
+__all__ = ["RouteRequest", "Router"]
 
 
 class Router:
@@ -57,13 +39,14 @@ class Router:
         lease_s: float = LEASE_S,
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
+        prior: StepCosts = PRIOR,
         validate: bool = False,
     ) -> None:
         self.fleet = Fleet(lease_s)
         self.index = Index(max_blocks, max_blocks_per_worker)
         self._table = WorkerTable()
         self.load = Load(self._table)
-        self.predictions = PredictionCounts()
+        self.timing = FleetTiming(self._table, prior)
         # Workers that are indexed and get no requests -> where their events are read.
         self.observed: dict[str, str] = {}
         objective = objective or Objective()
@@ -77,8 +60,6 @@ class Router:
             objective=objective,
         )
         self._late = LateBinding(self._choice, self._table, self._placed, objective)
-        self._timings: dict[str, WorkerTiming] = {}
-        self._priors: dict[str, StepCosts] = {}  # by model: what its workers have shown, as of the latest expire
         self._validate = validate
 
     # Workers come and go.
@@ -109,10 +90,8 @@ class Router:
         if known is not None and known.unreachable:
             self._choice.members_changed()
         member = self.fleet.heartbeat(worker_id, epoch, report, now)
-        for request in self.load.report(worker_id, report, now):
-            self.predictions.add(request.predicted_ttft_s, now - request.routed_at)
-        if self._timings[worker_id].observe(report, self._prior(member.info.model.name)):
-            self._write_costs(worker_id, self._timings[worker_id].costs)
+        self.load.report(worker_id, report, now)
+        self.timing.observe(worker_id, report, now)
         self._checked()
         return member.draining
 
@@ -131,7 +110,6 @@ class Router:
         for info in expired:
             self._forget(info.worker_id)
         self.load.expire(now)
-        self._refresh_priors()
         self._checked()
         return expired
 
@@ -170,20 +148,16 @@ class Router:
         self._table.add(slot)
         self._table.set(slot, Column.BLOCKS_TOTAL, (info.blocks_total, info.max_running + info.max_waiting))
         self._table.set(slot, Column.BUDGET, (info.max_batched_tokens,))
-        self._timings[info.worker_id] = WorkerTiming()
-        self._write_costs(info.worker_id, self._prior(info.model.name))
+        self.timing.add(info.worker_id, info.model.name, slot)
         self.load.add_worker(info.worker_id, slot)
-
-    def _write_costs(self, worker_id: str, costs: StepCosts) -> None:
-        self._table.set(self.index.slot(worker_id), Column.PREFILL_STEP_S, costs)
 
     def _forget(self, worker_id: str) -> None:
         self._choice.members_changed()
-        if worker_id in self._timings:
+        if worker_id in self.timing:
             self._choice.forget(self.index.slot(worker_id))
         self.index.drop(worker_id)
         self.load.drop_worker(worker_id)
-        self._timings.pop(worker_id, None)
+        self.timing.drop(worker_id)
 
     # Requests come and go.
 
@@ -268,7 +242,7 @@ class Router:
         """The first token passed through; what is not known, or not new, is ignored."""
         request = self.load.prefilled(request_id, now)
         if request is not None:
-            self.predictions.add(request.predicted_ttft_s, now - request.routed_at)
+            self.timing.first_token(request.worker_id, request.predicted_ttft_s, now - request.routed_at)
         self._checked()
 
     def finish(self, request_id: str, now: float) -> None:
@@ -276,20 +250,6 @@ class Router:
         if not self._late.remove(request_id):
             self.load.release(request_id, now)
         self._checked()
-
-    # How fast workers are.
-
-    def _prior(self, model: str) -> StepCosts:
-        return self._priors.get(model, PRIOR)
-
-    def _refresh_priors(self) -> None:
-        timings: dict[str, list[WorkerTiming]] = {}
-        for member in self.fleet.members():
-            timings.setdefault(member.info.model.name, []).append(self._timings[member.info.worker_id])
-        self._priors = {model: average(known) for model, known in timings.items()}
-        for member in self.fleet.members():
-            if not self._timings[member.info.worker_id].measured:
-                self._write_costs(member.info.worker_id, self._prior(member.info.model.name))
 
     # Invariants.
 
@@ -300,6 +260,6 @@ class Router:
     def validate(self) -> None:
         """Assert that fleet, index, loads and timings speak of the same workers, and each one's own invariants."""
         names = [member.info.worker_id for member in self.fleet.members()]
-        assert sorted(self._timings) == sorted(names)
+        self.timing.check(names)
         self.load.check(names)
         self.index.check([*names, *self.observed])

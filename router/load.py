@@ -200,11 +200,13 @@ class Load:
         load = self._workers.get(request.worker_id)
         return load if load and load.reservations.get(request.request_id) is request else None
 
-    def report(self, worker_id: str, report: WorkerReport, now: float) -> list[Reservation]:
-        """Square the load with the worker's own word; returns the requests whose first token it announces."""
+    def report(self, worker_id: str, report: WorkerReport, now: float) -> None:
+        """Square the load with the worker's own word."""
         load = self._workers[worker_id]
         known = load.reservations
-        begun = [self.prefilled(name, now) for name in report.prefilled_request_ids if name in known]
+        for name in report.prefilled_request_ids:
+            if name in known:
+                self.prefilled(name, now)
         for name in report.finished_request_ids:
             if name in known and not known[name].streamed:  # a stream's end is known better from the stream
                 self.release(name, now)
@@ -213,7 +215,6 @@ class Load:
         load.foreign_sequences = max(0, report.running + report.waiting - load.own_sequences)
         load.blocks_in_use, load.released_blocks = report.blocks_in_use, 0
         self._write(load)
-        return [request for request in begun if request]
 
     def _mark_progress(self, load: WorkerLoad, outstanding: int, now: float) -> None:
         """Requests that the worker surely has cannot have more left than all that it reports: the oldest are ahead."""

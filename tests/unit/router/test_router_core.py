@@ -131,7 +131,7 @@ def test_a_reservation_counts_at_once() -> None:
     (candidate,) = router.explain(request("b"), 1.0).candidates
     assert (candidate.queued_prefill_tokens, candidate.running) == (0, 1)
     assert candidate.decode_s > 0
-    assert (router.predictions.requests, router.predictions.observed_s) == (1, 0.5)
+    assert router.timing.errors.summary()[::2][:2] == (1, 0.5)
     router.finish("a", 1.0)
     (candidate,) = router.explain(request("b"), 1.0).candidates
     assert (candidate.in_flight, candidate.running, candidate.free_blocks) == (0, 0, 100)
