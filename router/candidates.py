@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from router.prediction import Predicted, predict
 from router.table import Column, Floats, Slots
 
@@ -15,6 +17,7 @@ class Candidate:
 
     worker_id: str
     cached_tokens: int
+    fetched_tokens: int
     prefill_tokens: int
     queued_prefill_tokens: int
     running: int
@@ -24,6 +27,7 @@ class Candidate:
     last_routed: int
     queue_s: float
     memory_s: float
+    fetch_s: float
     prefill_s: float
     decode_s: float
     score: float
@@ -53,6 +57,7 @@ class Candidates:
     last_routed = _Row(Column.LAST_ROUTED)
     token_s = _Row(Column.TOKEN_S)
     cached_tokens = _Row(Predicted.CACHED_TOKENS)
+    fetched_tokens = _Row(Predicted.FETCHED_TOKENS)
     prefill_tokens = _Row(Predicted.PREFILL_TOKENS)
     used_blocks = _Row(Predicted.USED_BLOCKS)
     free_blocks = _Row(Predicted.FREE_BLOCKS)
@@ -80,6 +85,12 @@ class Candidates:
     def __len__(self) -> int:
         return len(self.slots)
 
+    def source(self) -> int:
+        """The one to fetch from: of those that hold most of the prompt the least busy."""
+        held = self.cached_tokens - self.fetched_tokens
+        most = np.flatnonzero(held == held.max())
+        return most.item(self.in_flight[most].argmin())
+
     def at(self, index: int) -> list[float]:
         """One of them: its value in each row."""
         values: list[float] = self.rows[:, index].tolist()
@@ -91,6 +102,7 @@ class Candidates:
         return Candidate(
             worker_id=names[self.slots[index]],
             cached_tokens=int(at[Predicted.CACHED_TOKENS]),
+            fetched_tokens=int(at[Predicted.FETCHED_TOKENS]),
             prefill_tokens=int(at[Predicted.PREFILL_TOKENS]),
             queued_prefill_tokens=int(at[Column.QUEUED_TOKENS]),
             running=int(at[Column.DECODING]),
@@ -100,6 +112,7 @@ class Candidates:
             last_routed=int(at[Column.LAST_ROUTED]),
             queue_s=at[Predicted.QUEUE_S],
             memory_s=at[Predicted.MEMORY_S],
+            fetch_s=at[Predicted.FETCH_S],
             prefill_s=at[Predicted.PREFILL_S],
             decode_s=at[Predicted.DECODE_S],
             score=float(scores[index]),

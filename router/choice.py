@@ -118,7 +118,9 @@ class Choice:
     def decision(self, request: RouteRequest, comparison: Comparison, held_s: float) -> Decision:
         """The chosen worker and why."""
         rows, best = comparison.rows, comparison.best
-        info = self._fleet.get(self._index.slot_names[rows.slots.item(comparison.chosen)]).info
+        names = self._index.slot_names
+        info = self._fleet.get(names[rows.slots.item(comparison.chosen)]).info
+        fetched_tokens = int(best[Predicted.FETCHED_TOKENS])
         return Decision(
             request_id=request.request_id,
             worker_id=info.worker_id,
@@ -131,6 +133,8 @@ class Choice:
             held_s=held_s,
             explanation=comparison,
             observed=self._overlaps(request, rows.block_size) if self._observed else (),
+            fetched_tokens=fetched_tokens,
+            fetch_from=names[rows.slots.item(rows.source())] if fetched_tokens else "",
         )
 
     def nobody(self, request: RouteRequest, block_size: int) -> Decision:

@@ -148,6 +148,7 @@ class Router:
         self._table.add(slot)
         self._table.set(slot, Column.BLOCKS_TOTAL, (info.blocks_total, info.max_running + info.max_waiting))
         self._table.set(slot, Column.BUDGET, (info.max_batched_tokens,))
+        self._table.set(slot, Column.FETCH_TOKEN_S, (info.fetch_token_s,))
         self.timing.add(info.worker_id, info.model.name, slot)
         self.load.add_worker(info.worker_id, slot)
 

@@ -62,7 +62,10 @@ class Comparison:
         chosen, *others = self.candidates(2)
         others = [other for other in others if other.score < np.inf]
         told = f"{chosen.worker_id}: {chosen.predicted_ttft_s:.3f} s predicted, {chosen.cached_tokens} of "
-        told += f"{self.rows.prompt_tokens} prompt tokens cached; score {chosen.score:.4g}{self.unit}, "
+        told += f"{self.rows.prompt_tokens} prompt tokens cached"
+        if chosen.fetched_tokens:
+            told += f", {chosen.fetched_tokens} of them at {self.names[self.rows.slots[self.rows.source()]]}"
+        told += f"; score {chosen.score:.4g}{self.unit}, "
         if not others:
             return told + "no other worker can take it"
         nearest = f"{others[0].worker_id}: {others[0].score:.4g}{self.unit}"
@@ -81,11 +84,13 @@ class Decision:
     address: str
     policy: str
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int  # those that are to be fetched included
     predicted_ttft_s: float
     held_s: float  # how long the router kept it back
     explanation: Explanation
     observed: tuple[Overlap, ...] = ()
+    fetched_tokens: int = 0  # of the cached ones, what pays to fetch ...
+    fetch_from: str = ""  # ... from this worker
 
     @property
     def reason(self) -> str:

@@ -48,6 +48,7 @@ class WorkerInfo:
     max_batched_tokens: int  # token budget of a step
     role: Role = Role.BOTH
     events_url: str = ""  # where its KV events are read; empty: at its address
+    fetch_token_s: float = 0.0  # to pull a token's KV from another worker; 0: it cannot
 
 
 @dataclass(frozen=True, slots=True)

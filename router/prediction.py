@@ -12,19 +12,22 @@ from router.table import Column, Floats, Slots
 HOST_SHARE = 0.1
 """What a token that comes back from the host tier costs, in those that are computed: 320 KiB of KV over PCIe 5 beside
 140 GFLOP, for 70B on 4 H100; a tenth is on the safe side."""
+FETCH_START_S = 0.005  # of a pull from another worker, besides its tokens: a few round trips
 HEAD_LEFT = 0.1  # of the head's time is left at least while its first token has not come
 
 
 class Predicted(IntEnum):
     """Rows after the table's columns. Sizes in tokens, blocks or requests as named; times in seconds."""
 
-    CACHED_TOKENS = len(Column)
+    CACHED_TOKENS = len(Column)  # there, or at another worker from which it pays to fetch them
+    FETCHED_TOKENS = auto()  # the latter ones
     PREFILL_TOKENS = auto()  # not cached
     USED_BLOCKS = auto()  # in use, or needed by requests on the way there
     FREE_BLOCKS = auto()
     WAITING = auto()  # requests whose first step has not begun
     QUEUE_S = auto()
     MEMORY_S = auto()  # until the pool has room for the prompt
+    FETCH_S = auto()
     TOKENS_S = auto()  # of the prefill, steps apart
     PREFILL_S = auto()
     DECODE_S = auto()  # until the decode step under way ends
@@ -61,8 +64,6 @@ def predict_reference(
     rows = np.concatenate([table, np.empty((len(Predicted), len(slots)))])
     # The last token is computed in any case, and blocks are reused whole.
     device, held = np.minimum(held_blocks[:, slots], (prompt_tokens - 1) // block_size)
-    cached = rows[Predicted.CACHED_TOKENS] = held * block_size
-    computed = rows[Predicted.PREFILL_TOKENS] = prompt_tokens - cached
     used = rows[Predicted.USED_BLOCKS] = table[Column.BLOCKS_IN_USE] + table[Column.PENDING_BLOCKS]
     free = rows[Predicted.FREE_BLOCKS] = np.maximum(table[Column.BLOCKS_TOTAL] - used, 0.0)
 
@@ -72,18 +73,37 @@ def predict_reference(
     begun = (now - table[Column.HEAD_SINCE] > decode_s) & (table[Column.QUEUED] > 0)
     rows[Predicted.WAITING] = table[Column.QUEUED] - begun
     queue_s = rows[Predicted.QUEUE_S] = _queues_s(table, now)
-    tokens_s = computed * (table[Column.TOKEN_S] + table[Column.ATTENTION_S] * (cached + computed / 2))
-    steps_s = (table[Column.PREFILL_STEP_S] + beside_s) * np.ceil(computed / table[Column.BUDGET])
     host_s = (held - device) * block_size * HOST_SHARE * table[Column.TOKEN_S]
-    rows[Predicted.TOKENS_S], rows[Predicted.PREFILL_S] = tokens_s, tokens_s + steps_s + host_s
+
+    def computing(cached: Floats) -> tuple[Floats, Floats, Floats]:
+        """Tokens to compute after so many cached ones; the time, steps apart, and in all."""
+        tokens = prompt_tokens - cached
+        tokens_s = tokens * (table[Column.TOKEN_S] + table[Column.ATTENTION_S] * (cached + tokens / 2))
+        steps_s = (table[Column.PREFILL_STEP_S] + beside_s) * np.ceil(tokens / table[Column.BUDGET])
+        return tokens, tokens_s, tokens_s + steps_s + host_s
+
+    # What another worker holds can be fetched from it.
+    longest = held.max(initial=0.0)
+    missing = (longest - held) * block_size
+    fetch_s = FETCH_START_S + missing * table[Column.FETCH_TOKEN_S]
+    alone, fetched = computing(held * block_size), computing(np.full(len(slots), longest * block_size))
+    fetches = (table[Column.FETCH_TOKEN_S] > 0) & (missing > 0) & (fetched[2] + fetch_s < alone[2])
+    rows[Predicted.FETCHED_TOKENS] = np.where(fetches, missing, 0.0)
+    rows[Predicted.FETCH_S] = np.where(fetches, fetch_s, 0.0)
+    rows[Predicted.CACHED_TOKENS] = held * block_size + rows[Predicted.FETCHED_TOKENS]
+    for row, other, own in zip(
+        (Predicted.PREFILL_TOKENS, Predicted.TOKENS_S, Predicted.PREFILL_S), fetched, alone, strict=True
+    ):
+        rows[row] = np.where(fetches, other, own)
     # An idle prefill queue still means waiting for the end of the decode step under way: half of one.
     decodes = (table[Column.QUEUED_TOKENS] == 0) & (table[Column.DECODING] > 0)
     rows[Predicted.DECODE_S] = np.where(decodes, decode_s / 2, 0.0)
     # While the pool has no room for the prompt, blocks come back as others end: in use over how long they are in use.
-    missing = -(-prompt_tokens // block_size) - device - free
+    lacking = -(-prompt_tokens // block_size) - device - free
     release_s = table[Column.RESIDENCE_S] / np.maximum(used, 1.0)
-    memory_s = rows[Predicted.MEMORY_S] = np.where(missing > 0, missing * release_s, 0.0)
-    rows[Predicted.TTFT_S] = np.maximum(queue_s, memory_s) + rows[Predicted.PREFILL_S] + rows[Predicted.DECODE_S]
+    memory_s = rows[Predicted.MEMORY_S] = np.where(lacking > 0, lacking * release_s, 0.0)
+    ready_s = np.maximum(np.maximum(queue_s, memory_s), rows[Predicted.FETCH_S])  # all three go on at once
+    rows[Predicted.TTFT_S] = ready_s + rows[Predicted.PREFILL_S] + rows[Predicted.DECODE_S]
     return rows
 
 
@@ -99,7 +119,9 @@ def predict(
     """
     if native is None:
         return predict_reference(values, slots, held_blocks, prompt_tokens, block_size, now)
-    rows: Floats = native.predict(values, slots, held_blocks, prompt_tokens, block_size, now, HEAD_LEFT, HOST_SHARE)
+    rows: Floats = native.predict(
+        values, slots, held_blocks, prompt_tokens, block_size, now, HEAD_LEFT, HOST_SHARE, FETCH_START_S
+    )
     return rows
 
 

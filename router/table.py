@@ -40,6 +40,7 @@ class Column(IntEnum):
     DECODE_STEP_S = auto()
     SEQUENCE_S = auto()
     CONTEXT_S = auto()
+    FETCH_TOKEN_S = auto()  # to pull a token's KV from another worker; 0: it cannot
 
 
 class WorkerTable:

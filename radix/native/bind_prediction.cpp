@@ -2,6 +2,7 @@
 // the default policy's scores (router.policies.predicted), the choice (router.choice). In NumPy these are sixty calls, a
 // microsecond each whatever the number of workers. The Python modules have the same formulas, term by term; the contract
 // suite compares them.
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <tuple>
@@ -15,10 +16,10 @@ enum Row {
     BLOCKS_TOTAL, MAX_SEQUENCES, BUDGET,
     QUEUED, QUEUED_TOKENS, QUEUED_S, HEAD_S, HEAD_SINCE, SEQUENCES, DECODING, CONTEXT,
     PENDING_BLOCKS, BLOCKS_IN_USE, LAST_ROUTED, RESIDENCE_S,
-    PREFILL_STEP_S, TOKEN_S, ATTENTION_S, DECODE_STEP_S, SEQUENCE_S, CONTEXT_S,
+    PREFILL_STEP_S, TOKEN_S, ATTENTION_S, DECODE_STEP_S, SEQUENCE_S, CONTEXT_S, FETCH_TOKEN_S,
     COLUMNS,  // of the table; what follows is predicted
-    CACHED_TOKENS = COLUMNS, PREFILL_TOKENS, USED_BLOCKS, FREE_BLOCKS, WAITING, QUEUE_S, MEMORY_S, TOKENS_S, PREFILL_S,
-    DECODE_S, TTFT_S,
+    CACHED_TOKENS = COLUMNS, FETCHED_TOKENS, PREFILL_TOKENS, USED_BLOCKS, FREE_BLOCKS, WAITING, QUEUE_S, MEMORY_S,
+    FETCH_S, TOKENS_S, PREFILL_S, DECODE_S, TTFT_S,
     ROWS,
 };
 
@@ -73,37 +74,67 @@ struct Prompt {
     double tokens, blocks, reusable_blocks, block_size;
 };
 
+// What is the same for all workers.
+struct Setting {
+    double now, head_left, host_share, fetch_start_s;
+    double longest;  // leading blocks of the prompt that the one with most of them holds
+};
+
+struct Computing {
+    double tokens, tokens_s, prefill_s;
+};
+
 // The predicted rows of one worker, whose columns are in place.
-template <class At> void predict_one(At at, const Prompt &prompt, double device, double held, double now,
-                                     double head_left, double host_share) {
+template <class At> void predict_one(At at, const Prompt &prompt, double device, double held, const Setting &setting) {
+    const double now = setting.now;
     device = std::min(device, prompt.reusable_blocks);
     held = std::min(held, prompt.reusable_blocks);
-    const double cached = at(CACHED_TOKENS) = held * prompt.block_size;
-    const double computed = at(PREFILL_TOKENS) = prompt.tokens - cached;
     const double used = at(USED_BLOCKS) = at(BLOCKS_IN_USE) + at(PENDING_BLOCKS);
     at(FREE_BLOCKS) = std::max(at(BLOCKS_TOTAL) - used, 0.0);
 
     const double beside = beside_s(at);
     const double decode_s = at(DECODE_STEP_S) + beside;
     at(WAITING) = at(QUEUED) - (now - at(HEAD_SINCE) > decode_s && at(QUEUED) > 0);
-    at(QUEUE_S) = queue_s(at, now, head_left);
-    at(TOKENS_S) = computed * (at(TOKEN_S) + at(ATTENTION_S) * (cached + computed / 2));
-    at(PREFILL_S) = at(TOKENS_S) + (at(PREFILL_STEP_S) + beside) * std::ceil(computed / at(BUDGET));
-    at(PREFILL_S) += (held - device) * prompt.block_size * host_share * at(TOKEN_S);
+    at(QUEUE_S) = queue_s(at, now, setting.head_left);
+    const auto computing = [&](double cached) {
+        const double tokens = prompt.tokens - cached;
+        const double tokens_s = tokens * (at(TOKEN_S) + at(ATTENTION_S) * (cached + tokens / 2));
+        const double steps_s = (at(PREFILL_STEP_S) + beside) * std::ceil(tokens / at(BUDGET));
+        const double host_s = (held - device) * prompt.block_size * setting.host_share * at(TOKEN_S);
+        return Computing{tokens, tokens_s, tokens_s + steps_s + host_s};
+    };
+    Computing best = computing(held * prompt.block_size);
+    at(FETCHED_TOKENS) = at(FETCH_S) = 0;
+    if (const double missing = (setting.longest - held) * prompt.block_size; at(FETCH_TOKEN_S) > 0 && missing > 0) {
+        const Computing fetched = computing(setting.longest * prompt.block_size);
+        const double fetch_s = setting.fetch_start_s + missing * at(FETCH_TOKEN_S);
+        if (fetched.prefill_s + fetch_s < best.prefill_s) {
+            best = fetched;
+            at(FETCHED_TOKENS) = missing;
+            at(FETCH_S) = fetch_s;
+        }
+    }
+    at(CACHED_TOKENS) = held * prompt.block_size + at(FETCHED_TOKENS);
+    at(PREFILL_TOKENS) = best.tokens;
+    at(TOKENS_S) = best.tokens_s;
+    at(PREFILL_S) = best.prefill_s;
     at(DECODE_S) = at(QUEUED_TOKENS) == 0 && at(DECODING) > 0 ? decode_s / 2 : 0;
-    const double missing = prompt.blocks - device - at(FREE_BLOCKS);
-    at(MEMORY_S) = missing > 0 ? missing * (at(RESIDENCE_S) / std::max(used, 1.0)) : 0;
-    at(TTFT_S) = std::max(at(QUEUE_S), at(MEMORY_S)) + at(PREFILL_S) + at(DECODE_S);
+    const double lacking = prompt.blocks - device - at(FREE_BLOCKS);
+    at(MEMORY_S) = lacking > 0 ? lacking * (at(RESIDENCE_S) / std::max(used, 1.0)) : 0;
+    at(TTFT_S) = std::max({at(QUEUE_S), at(MEMORY_S), at(FETCH_S)}) + at(PREFILL_S) + at(DECODE_S);
 }
 
 nb::object predict(nb::handle values, nb::handle slots, nb::handle held_blocks, int64_t prompt_tokens,
-                   int64_t block_size, double now, double head_left, double host_share) {
+                   int64_t block_size, double now, double head_left, double host_share, double fetch_start_s) {
     const Doubles table(values, "values", COLUMNS), held(held_blocks, "held_blocks", 2);
     const Slots chosen(slots, std::min(table.slots, held.slots));
     check_range("prompt_tokens", prompt_tokens, 1, INT64_MAX);
     check_range("block_size", block_size, 1, INT64_MAX);
     const Prompt prompt{double(prompt_tokens), double((prompt_tokens - 1) / block_size + 1),
                         double((prompt_tokens - 1) / block_size), double(block_size)};
+    Setting setting{now, head_left, host_share, fetch_start_s, 0};
+    for (npy_intp i = 0; i < chosen.size; i++)
+        setting.longest = std::max(setting.longest, std::min(held.row(1)[chosen.data[i]], prompt.reusable_blocks));
     double *out;
     nb::object rows = new_array({ROWS, chosen.size}, NPY_FLOAT64, &out);
     for (int column = 0; column < COLUMNS; column++)
@@ -111,7 +142,7 @@ nb::object predict(nb::handle values, nb::handle slots, nb::handle held_blocks, 
     for (npy_intp i = 0; i < chosen.size; i++) {
         const auto at = [=](Row row) -> double & { return out[row * chosen.size + i]; };
         const npy_intp slot = chosen.data[i];
-        predict_one(at, prompt, held.row(0)[slot], held.row(1)[slot], now, head_left, host_share);
+        predict_one(at, prompt, held.row(0)[slot], held.row(1)[slot], setting);
     }
     return rows;
 }
@@ -192,7 +223,7 @@ nb::object queues_s(nb::handle values, nb::handle slots, double now, double head
 void bind_prediction(nb::module_ &module) {
     module.def("predict", &predict, nb::arg("values"), nb::arg("slots"), nb::arg("held_blocks"),
                nb::arg("prompt_tokens"), nb::arg("block_size"), nb::arg("now"), nb::arg("head_left"),
-               nb::arg("host_share"), "See router.prediction.predict.");
+               nb::arg("host_share"), nb::arg("fetch_start_s"), "See router.prediction.predict.");
     module.def("predicted_ttft_scores", &predicted_ttft_scores, nb::arg("rows"), nb::arg("full_weight"),
                nb::arg("even_full"), nb::arg("most_pushed_s"), "See router.policies.predicted.");
     module.def("choose", &choose, nb::arg("rows"), nb::arg("scores"), nb::arg("tie"), "See router.choice.choose.");

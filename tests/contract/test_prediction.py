@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from radix.backend import native
 from router.choice import choose_reference
 from router.policies.predicted import EVEN_FULL, FULL_WEIGHT, MOST_PUSHED_S, scores_reference
-from router.prediction import HEAD_LEFT, HOST_SHARE, ROWS, predict_reference, queues_s_reference
+from router.prediction import FETCH_START_S, HEAD_LEFT, HOST_SHARE, ROWS, predict_reference, queues_s_reference
 from router.table import Column, Floats, Slots
 from tests.support.candidates import PlainQuestion, PlainWorker, plain_questions
 
@@ -20,7 +20,15 @@ pytestmark = pytest.mark.skipif(native is None, reason="there is no native core 
 def native_rows(question: PlainQuestion, values: Floats, held: Floats, slots: Slots) -> Floats:
     assert native is not None
     rows: Floats = native.predict(
-        values, slots, held, question.prompt_tokens, question.block_size, question.now, HEAD_LEFT, HOST_SHARE
+        values,
+        slots,
+        held,
+        question.prompt_tokens,
+        question.block_size,
+        question.now,
+        HEAD_LEFT,
+        HOST_SHARE,
+        FETCH_START_S,
     )
     return rows
 

@@ -10,7 +10,7 @@ import numpy as np
 from hypothesis import strategies as st
 
 from router.candidates import Candidates
-from router.prediction import HEAD_LEFT, HOST_SHARE
+from router.prediction import FETCH_START_S, HEAD_LEFT, HOST_SHARE
 from router.table import Column, Floats, Slots
 
 
@@ -39,6 +39,7 @@ class PlainWorker:
     decode_step_s: float = 0.02
     sequence_s: float = 1e-4
     context_s: float = 1e-7
+    fetch_token_s: float = 0.0
     slot: int = 0
     device_blocks: int = 0  # leading ones of the prompt
     held_blocks: int = 0  # the same in any tier
@@ -76,9 +77,30 @@ class PlainQuestion:
         """Blocks that the prompt fills, the last one in part."""
         return ceil(self.prompt_tokens / self.block_size)
 
+    def held(self, worker: PlainWorker) -> int:
+        """Tokens that it has."""
+        return min(worker.held_blocks, self.most_blocks()) * self.block_size
+
+    def missing(self, worker: PlainWorker) -> int:
+        """Tokens that another one has, and it has not."""
+        return max(map(self.held, self.workers)) - self.held(worker)
+
+    def fetch_s(self, worker: PlainWorker) -> float:
+        """To get these."""
+        return FETCH_START_S + self.missing(worker) * worker.fetch_token_s
+
+    def fetched(self, worker: PlainWorker) -> int:
+        """The same where it pays to fetch them."""
+        missing = self.missing(worker)
+        if not worker.fetch_token_s or not missing:
+            return 0
+        have = self.held(worker)
+        pays = self.computing_s(worker, have + missing) + self.fetch_s(worker) < self.computing_s(worker, have)
+        return missing if pays else 0
+
     def cached(self, worker: PlainWorker) -> int:
         """Tokens that need not be computed."""
-        return min(worker.held_blocks, self.most_blocks()) * self.block_size
+        return self.held(worker) + self.fetched(worker)
 
     def new(self, worker: PlainWorker) -> int:
         """Tokens to compute."""
@@ -91,11 +113,15 @@ class PlainQuestion:
         return max(0.0, worker.queued_s + step_s * ceil(worker.queued_tokens / worker.budget) - begun_s)
 
     def prefill_s(self, worker: PlainWorker) -> float:
+        """After what need not be computed."""
+        return self.computing_s(worker, self.cached(worker))
+
+    def computing_s(self, worker: PlainWorker, cached: int) -> float:
         """Each new token, each pair of one and one before it, each step; what comes back from the host tier."""
-        cached, new = self.cached(worker), self.new(worker)
+        new = self.prompt_tokens - cached
         pairs = new * (cached + new / 2)
         steps = ceil(new / worker.budget)
-        back = cached - min(worker.device_blocks, self.most_blocks()) * self.block_size
+        back = self.held(worker) - min(worker.device_blocks, self.most_blocks()) * self.block_size
         computed_s = new * worker.token_s + pairs * worker.attention_s
         return computed_s + steps * self.step_s(worker, worker.prefill_step_s) + back * HOST_SHARE * worker.token_s
 
@@ -125,8 +151,9 @@ class PlainQuestion:
         return max(0, missing) * worker.residence_s / max(self.in_use(worker), 1)
 
     def ttft_s(self, worker: PlainWorker) -> float:
-        """The sum; queue and memory are waited for at the same time."""
-        waiting_s = max(self.queue_s(worker), self.memory_s(worker))
+        """The sum; queue, memory and what is fetched are waited for at the same time."""
+        fetch_s = self.fetch_s(worker) if self.fetched(worker) else 0.0
+        waiting_s = max(self.queue_s(worker), self.memory_s(worker), fetch_s)
         return waiting_s + self.prefill_s(worker) + self.decode_s(worker)
 
 
@@ -163,6 +190,7 @@ def plain_workers(draw: st.DrawFn, slot: int) -> PlainWorker:
         decode_step_s=draw(_TERM),
         sequence_s=draw(_TERM),
         context_s=draw(_TERM),
+        fetch_token_s=draw(st.just(0.0) | st.floats(1e-7, 1e-4)),
         slot=slot,
         device_blocks=device,
         held_blocks=device + draw(st.just(0) | st.integers(0, 50)),
