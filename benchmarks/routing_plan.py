@@ -13,7 +13,8 @@ from deploy.traces.workload import PRESETS
 
 ROOT = Path(__file__).parents[1]
 FOUND = tuple(ROOT.parent / "shared" / "traces" / f"{name}_trace.jsonl" for name in ("conversation", "synthetic"))
-GENERATED = ("chat", "agent")
+GENERATED = {"chat": 1.0, "agent": 0.5}
+"""Presets that are short of KV memory rather than prefill, and their shares of Plan.generated."""
 
 OURS, DEFAULTS, TUNED, BOUND = "predicted-ttft", "dynamo", "dynamo-p16", "bound"
 OTHERS = (DEFAULTS, TUNED, "sglang", "llm-d", "lmetric")
@@ -30,7 +31,12 @@ class Plan:
     requests: int | None = None  # the trace's first ones; None: all
     traces: int | None = None  # the first ones of those known
     generated: int = 4_000  # requests of a trace that is made here
-    saturations: tuple[tuple[str, float], ...] = (("conversation", 3.13 / 16),)  # known: by trace, for each worker
+    # Known: by trace, for each worker; as --find-saturation finds them on 8, the conversation's on 16.
+    saturations: tuple[tuple[str, float], ...] = (
+        ("conversation", 3.13 / 16),
+        ("synthetic", 0.9162 / 8),
+        ("preset-chat", 10.5 / 8),
+    )
     carried: bool = True  # search the rate that the policies carry, too
     speed_workers: int = 16
     jobs: int = 2
@@ -60,7 +66,7 @@ QUICK = Plan(
     decisions=5_000,
     route_decisions=600,
     route_repeats=1,
-    saturations=(*FULL.saturations, _FIRST_SYNTHETIC),
+    saturations=(("conversation", 3.13 / 16), _FIRST_SYNTHETIC),
 )
 
 
@@ -68,7 +74,10 @@ def traces(plan: Plan, files: Sequence[Path]) -> list[Trace]:
     """The files given, else the published traces where they are found and generated ones. Raises InvalidRequest."""
     known = [read_trace(path) for path in files or FOUND if files or path.is_file()][: plan.traces]
     if not files and (plan.traces is None or len(known) < plan.traces):
-        known += [synthesize(PRESETS[name], plan.generated, seed=1, name=name) for name in GENERATED]
+        known += [
+            synthesize(PRESETS[name], round(share * plan.generated), seed=1, name=f"preset-{name}")
+            for name, share in GENERATED.items()
+        ]
     return (
         known[: plan.traces] if plan.requests is None else [trace.head(plan.requests) for trace in known[: plan.traces]]
     )

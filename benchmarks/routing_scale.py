@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.measure import cores, pin, resident_bytes
+from benchmarks.measure import cores, pin
 from benchmarks.report import Figure, Row, figure, machine, print_table, row, write_json
 from benchmarks.routing_decision import BLOCKS, MODEL, REPORT, decision_rows
 from benchmarks.routing_plan import FULL, OURS, Plan
@@ -132,11 +132,17 @@ def _report_rows(plan: ScalePlan) -> Iterator[Row]:
 
         def report(router: Router = router, workers: int = workers, clock: Iterator[int] = clock) -> None:
             for number in range(2_000):
-                router.heartbeat(f"worker-{number % workers}", 1, REPORT, next(clock) * 1e-3)
+                tick = next(clock)
+                done = tick // workers + 1  # steps of that worker
+                said = replace(REPORT, prefill_steps=done, prefill_tokens=4096 * done, prefill_s=0.3 * done)
+                router.heartbeat(f"worker-{number % workers}", 1, said, tick / (2 * workers))
 
-        report()
+        for _ in range(1 + workers // 200):  # until what steps cost is known
+            report()
         cost = figure(_us(report, 2_000) for _ in range(REPEATS))
-        yield row(f"report W{workers}", "us", cost, note="of a worker to one router, without the network")
+        yield row(
+            f"report W{workers}", "us", cost, note="of a worker to one router, without the network; making it included"
+        )
 
 
 def _event_row(plan: ScalePlan) -> Row:
@@ -180,20 +186,6 @@ def _memory_rows(plan: ScalePlan) -> Iterator[Row]:
     each = (tracemalloc.get_traced_memory()[0] - before) / plan.requests
     yield row("memory of a request in flight", "bytes", Figure(each), note=f"Python's, of {plan.requests}")
     tracemalloc.stop()
-    kept = []  # what is freed would be used again, and not counted
-    for holders in (1, 8):
-        tree, before = _router(holders).index.tree, resident_bytes()
-        kept.append(tree)
-        for hashes in _hashes(plan.entries // holders // 64, 64, 2):
-            for worker in range(holders):
-                tree.store(worker, hashes)
-        each = (resident_bytes() - before) / len(tree)
-        yield row(
-            f"memory of an entry, {holders} holding each block",
-            "bytes",
-            Figure(each),
-            note=f"resident, a (worker, block) pair, of {len(tree)}",
-        )
 
 
 # Fleets.

@@ -99,10 +99,10 @@ def test_the_rate_carried_is_compared_where_it_is_asked_for() -> None:
 
 def test_without_files_there_are_traces_all_the_same() -> None:
     """Published ones where they are found, else generated ones; no longer than the plan says."""
-    known = traces(Plan(requests=20, generated=30), ())
+    known = traces(Plan(requests=20, generated=40), ())
     assert known
     assert {len(trace) for trace in known} == {20}
-    assert {"chat", "agent"} <= {trace.name for trace in known}
+    assert {"preset-chat", "preset-agent"} <= {trace.name for trace in known}
     assert len(traces(Plan(requests=20, generated=30, traces=1), ())) == 1
 
 
