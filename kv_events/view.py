@@ -64,6 +64,8 @@ class WorkerView:
         self._epoch_seen = False  # a snapshot of the cursor's epoch has come
         self._old_snapshots = 0  # since a batch of the cursor's epoch has come
         self._last_gap = (0, -1)
+        self._told = (0, 0)  # how far the worker itself said that it was,
+        self._told_again = 0  # and how often again
 
     @property
     def synced(self) -> bool:
@@ -100,6 +102,25 @@ class WorkerView:
         self._old_snapshots = 0
         return self._needed()
 
+    def told(self, epoch: int, next_seq: int) -> Resync:
+        """The worker reports its own position; says what is needed now.
+
+        A lost batch is noticed with the next one, and the last of a stream has none. So where two reports in a row tell
+        the same position, and it was not reached between them, what is missing is not under way any more. Should the
+        answer not help, it is said again after twice as many further reports each time.
+        """
+        before, self._told = self._told, (epoch, next_seq)
+        self._told_again = self._told_again + 1 if self._told == before else 0
+        position = self._cursor.position
+        if self._told_again.bit_count() != 1 or position == (0, 0) or position > self._told:
+            return Resync.NONE
+        if position == self._told:
+            return self._needed()
+        if position != self._last_gap:
+            self.counts.gaps += 1
+            self._last_gap = position
+        return Resync.REPLAY if position[0] == epoch and self._verified else Resync.SNAPSHOT
+
     def restore(self, snapshot: Snapshot) -> bool:
         """Take over a snapshot, as far as there is room; False, and no change, when it is of an old epoch or does not
         verify."""
@@ -128,6 +149,7 @@ class WorkerView:
         self._cursor = EventCursor()
         self._verified = self._epoch_seen = False
         self._old_snapshots = 0
+        self._told, self._told_again = (0, 0), 0
 
     def _needed(self) -> Resync:
         if self._verified and not self._cursor.has_gap:

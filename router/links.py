@@ -10,13 +10,14 @@ from typing import Any
 
 import grpc
 
-from kv_events.bus import EventSource
-from kv_events.bus.follow import follow
+from kv_events.bus import EventSource, Resync
+from kv_events.bus.follow import catch_up, follow
 from kv_events.bus.grpc import GrpcEventSource
 from kv_events.bus.redis_stream import AUTH_VARIABLE, credentials
 from kv_events.bus.url import open_source, parse_bus_url
+from kv_events.wire import WireError
 from rhizome import rpc
-from rhizome.errors import InvalidRequest, Unavailable
+from rhizome.errors import InvalidRequest, RhizomeError, Unavailable
 from rhizome.tokenizer import tokenizer_sha256
 from rhizome.v1 import worker_pb2, worker_pb2_grpc
 from router.core import Router
@@ -46,6 +47,8 @@ class WorkerLink:
             "/rhizome.v1.Worker/Generate", request_serializer=worker_pb2.WorkerGenerateRequest.SerializeToString
         )
         self.task: asyncio.Task[None] | None = None
+        self.source: EventSource | None = None  # while its events are followed
+        self.catching_up: asyncio.Task[None] | None = None
         self._streams = 0
         self._retired = False
         self._idle = asyncio.Event()
@@ -67,8 +70,9 @@ class WorkerLink:
     def retire(self) -> None:
         """Follow the worker no longer."""
         self._retired = True
-        if self.task:
-            self.task.cancel()
+        for task in (self.task, self.catching_up):
+            if task:
+                task.cancel()
         self._settle()
 
     def _settle(self) -> None:
@@ -148,11 +152,29 @@ class Links:
         view, name = self._router.view(link.info.worker_id), f"events of worker {link.info.worker_id}"
         while True:
             try:
-                async with link.events() as source:
-                    await follow(source, view, name=name)
+                async with link.events() as link.source:
+                    await follow(link.source, view, name=name)
             except Exception:  # a defect here must not leave a worker without its index for good
                 logger.exception("worker %s: following its events failed", link.info.worker_id)
+                link.source = None
                 await asyncio.sleep(MAX_RETRY_S)
+
+    def told(self, worker_id: str, epoch: int, next_event_seq: int) -> None:
+        """A worker reports how far its events are (0: it does not tell). What was lost at the end of the stream is
+        fetched; should that fail, the next report leads to another try."""
+        link = self._links.get(worker_id)
+        if link is None or link.info.epoch != epoch or not next_event_seq:
+            return
+        needed = self._router.view(worker_id).told(epoch, next_event_seq)
+        if needed is not Resync.NONE and link.source and (link.catching_up is None or link.catching_up.done()):
+            link.catching_up = self._start(self._catch_up(link, link.source, needed))
+
+    async def _catch_up(self, link: WorkerLink, source: EventSource, needed: Resync) -> None:
+        logger.info("worker %s: the last of its events did not come; asking for them", link.info.worker_id)
+        try:
+            await catch_up(source, self._router.view(link.info.worker_id), needed)
+        except (RhizomeError, WireError) as error:
+            logger.debug("worker %s: %s", link.info.worker_id, error)
 
     async def _prepare(self, link: WorkerLink) -> None:
         """Make sure of the model's tokenizer, then let requests come."""

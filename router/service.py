@@ -283,6 +283,7 @@ class FleetService:
         ticket.check_member(self._secret, request)
         status = request.status
         draining = self._router.heartbeat(status.worker_id, status.epoch, worker_report(status), time.monotonic())
+        self._links.told(status.worker_id, status.epoch, status.next_event_seq)
         self._dispatcher.changed()
         return fleet_pb2.HeartbeatResponse(draining=draining)
 

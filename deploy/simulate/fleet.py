@@ -313,6 +313,8 @@ class Fleet:
     def _heartbeat(self, number: int, report: WorkerReport) -> None:
         for replica in self._replicas:
             replica.router.heartbeat(f"worker-{number}", 1, report, self.now)
+            view = replica.router.view(f"worker-{number}")
+            self._resync(view, number, view.told(1, report.next_event_seq))
             self._dispatch(replica)
 
     def _on_append(self, number: int) -> None:
@@ -327,7 +329,9 @@ class Fleet:
 
     def _deliver(self, replica: _Replica, number: int, batch: EventBatch) -> None:
         view = replica.router.view(f"worker-{number}")
-        needed = view.offer(batch)
+        self._resync(view, number, view.offer(batch))
+
+    def _resync(self, view: WorkerView, number: int, needed: Resync) -> None:
         log, (_, from_seq) = self.workers[number].log, view.position()
         if needed is Resync.REPLAY and from_seq >= log.first_seq:
             missing = [entry.batch for entry in log.read(from_seq, MAX_REPLAYED)]
@@ -372,6 +376,8 @@ def _report_of(status: EngineStatus) -> WorkerReport:
         preemptions=status.preemptions,
         prompt_tokens=status.prompt_tokens,
         cached_prompt_tokens=status.cached_prompt_tokens,
+        host_cached_prompt_tokens=status.host_cached_prompt_tokens,
+        next_event_seq=status.next_event_seq,
         prefill_attention=times.prefill_attention,
         prefill_decodes=times.prefill_decodes,
         prefill_context=times.prefill_context,

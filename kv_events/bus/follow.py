@@ -105,6 +105,22 @@ async def _take_snapshot(source: EventSource, consumer: EventConsumer) -> None:
                 raise _OutOfStep("the snapshot is of an old epoch or does not verify")
 
 
+async def catch_up(source: EventSource, consumer: EventConsumer, needed: Resync) -> None:
+    """Fetch what a consumer that is being followed lacks, though no batch shows it. Raises what the source raises, and
+    Unavailable where that does not do."""
+    if needed is Resync.REPLAY:
+        try:
+            for missing in await source.replay(*consumer.position()):
+                needed = consumer.offer(missing)
+        except (Trimmed, Conflict):
+            needed = Resync.SNAPSHOT
+    if needed is Resync.SNAPSHOT:
+        try:
+            await _take_snapshot(source, consumer)
+        except _OutOfStep as error:
+            raise Unavailable(str(error)) from error
+
+
 async def _offer(source: EventSource, consumer: EventConsumer, batch: EventBatch) -> None:
     """Raises _OutOfStep when a replay does not do."""
     needed = consumer.offer(batch)

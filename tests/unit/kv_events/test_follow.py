@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from kv_events.bus import Resync
 from kv_events.bus import follow as follow_module
-from kv_events.bus.follow import follow
+from kv_events.bus.follow import catch_up, follow
 from kv_events.bus.memory import MemoryEventSource
 from kv_events.events import AllBlocksCleared, BlockRemoved, BlockStored, EventBatch, Snapshot
 from kv_events.log import EventLog
@@ -274,6 +275,37 @@ def test_a_replay_that_is_trimmed_becomes_a_snapshot() -> None:
         source.replays = [Trimmed("gone")]
         await followed(source, log, 6)
         assert source.calls == ["snapshot", "subscribe", "replay", "snapshot", "subscribe"]
+
+    run(test())
+
+
+@pytest.mark.parametrize("trouble", [None, Trimmed("gone"), Conflict("another epoch")])
+def test_a_view_that_lacks_the_end_of_a_stream_catches_up(trouble: Exception | None) -> None:
+    """By a replay, and by a snapshot where there is none."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source, view = Troubled(log), WorkerView("w0", 0, make_tree())
+        view.offer(append(log, 1))
+        append(log, 2)
+        source.replays = [trouble] if trouble else []
+        await catch_up(source, view, Resync.REPLAY)
+        assert source.calls == (["replay", "snapshot"] if trouble else ["replay"])
+        await until_in_step(view, log)
+
+    run(test())
+
+
+def test_catching_up_by_a_bad_snapshot_says_so() -> None:
+    """The caller tries again later."""
+
+    async def test() -> None:
+        log = EventLog("w0", 3, 16)
+        source, view = Troubled(log), WorkerView("w0", 0, make_tree())
+        append(log, 1)
+        source.snapshots = [spoil]
+        with pytest.raises(Unavailable, match="does not verify"):
+            await catch_up(source, view, Resync.SNAPSHOT)
 
     run(test())
 

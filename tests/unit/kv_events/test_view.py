@@ -80,6 +80,38 @@ def test_a_missing_batch_asks_for_a_replay(pair: Pair) -> None:
     assert pair.view.counts.duplicates == 1
 
 
+def test_the_lost_end_of_a_stream_is_noticed_by_the_workers_word(pair: Pair) -> None:
+    """Once the same position is told again: till then the batches may be under way. Each view asks seldom."""
+    assert pair.view.told(1, 9) is Resync.NONE  # nothing is known yet: a snapshot comes in any case
+    pair.step(store(1))
+    lost = [pair.log.append([store(2)], 0.0), pair.log.append([store(3)], 0.0)]
+    said = [pair.view.told(1, pair.log.next_seq) for _ in range(9)]
+    replay, none = Resync.REPLAY, Resync.NONE
+    assert said == [none, replay, replay, none, replay, none, none, none, replay]
+    assert pair.view.counts.gaps == 1
+    for batch in lost:
+        pair.view.offer(batch)
+    pair.check_equal()
+    assert [pair.view.told(1, pair.log.next_seq) for _ in range(9)] == 9 * [none]
+
+
+def test_a_stream_that_goes_on_is_no_lost_end(pair: Pair) -> None:
+    """Reports are ahead of their batches, or behind: that is what a network does."""
+    for number in range(5):
+        pair.step(store(10 + number))
+        assert pair.view.told(1, pair.log.next_seq + 1) is Resync.NONE
+    assert [pair.view.told(1, 2) for _ in range(3)] == 3 * [Resync.NONE]
+
+
+def test_a_wrong_or_old_view_at_the_end_of_a_stream_needs_a_snapshot(pair: Pair) -> None:
+    """Where the answer to a mismatch got lost, and where a whole new epoch did."""
+    pair.step(store(1))
+    flipped = pair.log.append([store(2)], 0.0)._replace(events=(store(3),))
+    assert pair.view.offer(flipped) is Resync.SNAPSHOT
+    assert [pair.view.told(1, 2) for _ in range(2)] == [Resync.NONE, Resync.SNAPSHOT]
+    assert [pair.view.told(2, 1) for _ in range(2)] == [Resync.NONE, Resync.SNAPSHOT]
+
+
 def test_a_wrong_hash_is_noticed_with_its_batch_and_healed(pair: Pair) -> None:
     """A bit that flipped on the way is a mismatch at once, counted once, and gone with the next snapshot."""
     pair.view.offer(pair.log.append([store(1, 2)], 0.0))
