@@ -36,6 +36,7 @@ class Plan:
         ("conversation", 3.13 / 16),
         ("synthetic", 0.9162 / 8),
         ("preset-chat", 10.5 / 8),
+        ("preset-agent", 0.8344 / 8),
     )
     carried: bool = True  # search the rate that the policies carry, too
     speed_workers: int = 16
