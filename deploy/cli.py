@@ -241,6 +241,17 @@ def chat(
 
 
 @app.command()
+def status(
+    router: RouterAddress = "127.0.0.1:7700",
+    json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
+) -> None:
+    """Show a router's workers: load, cache hits, and predicted beside observed times to first token."""
+    from deploy.status import run_status
+
+    run_status(router, as_json=json_output)
+
+
+@app.command()
 def demo(
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
     workers: Annotated[int, typer.Option(min=1, max=16)] = 2,

@@ -18,6 +18,7 @@ from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.candidates import Candidate
 from router.decision import Decision
 from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
+from router.prediction_errors import PredictionSummary
 from router.request import RouteRequest
 from router.tokenizing import PromptTokenizer
 
@@ -177,6 +178,11 @@ def add_index(entry: router_pb2.WorkerEntry, view: WorkerView, blocks: int) -> N
     entry.event_gaps = counts.gaps
     entry.digest_mismatches = counts.mismatches
     entry.events_malformed = counts.malformed
+
+
+def predictions_message(summary: PredictionSummary) -> router_pb2.Predictions:
+    """How good predictions were."""
+    return router_pb2.Predictions(**summary._asdict())
 
 
 def explanation_message(decision: Decision, hashes: Hashes) -> router_pb2.Decision:

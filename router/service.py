@@ -27,6 +27,7 @@ from router.messages import (
     decision_message,
     explanation_message,
     observed_entry,
+    predictions_message,
     prepare,
     worker_entry,
     worker_info,
@@ -97,6 +98,8 @@ class RouterService:
     async def _answer(self, prepared: PreparedRequest, context: rpc.Context, seen: RecordedRequest | None) -> None:
         for workers_left in reversed(range(MAX_WORKERS_TRIED)):
             decision = await self._dispatcher.place(prepared.route)
+            if seen is not None:
+                seen.predicted_s = time.monotonic() + decision.predicted_ttft_s
             try:
                 self._sign(prepared.message, decision)
                 await self._pass_through(prepared.message, decision, context, seen)
@@ -124,7 +127,10 @@ class RouterService:
             with link.stream():
                 async for chunk in call:
                     if not delivered:
-                        self._router.first_token(message.request_id, time.monotonic())
+                        now = time.monotonic()
+                        self._router.first_token(message.request_id, now)
+                        if seen is not None:
+                            seen.first_token_s = now
                         self._dispatcher.changed()
                         await context.send_initial_metadata(_metadata(decision))
                     await context.write(chunk)
@@ -171,12 +177,15 @@ class RouterService:
         self, request: router_pb2.ListWorkersRequest, context: rpc.Context
     ) -> router_pb2.ListWorkersResponse:
         """Every registered and every observed worker, with what this router knows of it."""
-        response = router_pb2.ListWorkersResponse()
+        timing = self._router.timing
+        response = router_pb2.ListWorkersResponse(predictions=predictions_message(timing.errors.summary()))
         now, tree = time.monotonic(), self._router.index.tree
         for member in self._router.fleet.members():
             entry = worker_entry(member, now)
             view = self._router.view(entry.worker_id)
             entry.in_flight = len(self._router.load.of(entry.worker_id).reservations)
+            entry.predictions.CopyFrom(predictions_message(timing.errors_of(entry.worker_id).summary()))
+            entry.pace = max(timing.of(entry.worker_id).pace)
             add_index(entry, view, tree.count(view.worker_index))
             response.workers.append(entry)
         for worker_id, events_url in self._router.observed.items():

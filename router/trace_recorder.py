@@ -2,8 +2,9 @@
 
 `hash_ids` are the block hashes under a key that is made for each recording and kept nowhere: equal prefixes have equal
 ids within one recording, and nothing else can be told from them. A line is written when its request has ended, so lines
-are in that order; times are of arrival. Requests whose stream goes past the router (`Route`) are not in it: how long
-their answers were is not known here. Readers: deploy.traces.trace.read_trace.
+are in that order; times are of arrival. `ttft_ms` and `predicted_ttft_ms`, both from the arrival on, are for people, not
+for readers of traces. Requests whose stream goes past the router (`Route`) are not in it: how long their answers were is
+not known here. Readers: deploy.traces.trace.read_trace.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ class RecordedRequest:
     tenant: str = ""
     chunks: int = 0
     last_chunk: bytes = b""
+    predicted_s: float | None = None  # when the first token was to come, as predicted when the request was sent off
+    first_token_s: float | None = None  # when it came
 
     def delivered(self, chunk: bytes) -> None:
         """A piece of the answer went to the client."""
@@ -72,6 +75,9 @@ def trace_line(request: RecordedRequest, started_s: float, key: bytes) -> bytes:
         "hash_ids": [int.from_bytes(each, "little") for each in ids],
         "block_size": request.block_size,
     }
+    if request.predicted_s is not None and request.first_token_s is not None:
+        fields["predicted_ttft_ms"] = round((request.predicted_s - request.arrived_s) * 1000, 3)
+        fields["ttft_ms"] = round((request.first_token_s - request.arrived_s) * 1000, 3)
     if request.session:
         fields["session_id"] = request.session
     if request.tenant:

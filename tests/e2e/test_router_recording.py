@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from deploy.traces.reuse import measure_reuse
@@ -21,6 +22,9 @@ def test_streamed_requests_are_recorded(tmp_path: Path) -> None:
 
     path = tmp_path / "seen.jsonl"
     with_cluster(test, record_trace=path)
+    for line in path.read_text().splitlines():
+        assert json.loads(line)["ttft_ms"] > 0
+        assert json.loads(line)["predicted_ttft_ms"] > 0
     trace = read_trace(path)
     assert [request.input_tokens for request in trace.requests] == [400, 400, 321]
     assert all(request.output_tokens >= 2 for request in trace.requests)

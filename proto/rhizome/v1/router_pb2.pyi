@@ -319,7 +319,7 @@ class WorkerEntry(_message.Message):
     def status(self) -> _worker_pb2.WorkerStatus: ...
     @_builtins.property
     def predictions(self) -> Global___Predictions:
-        """of requests that went there"""
+        """of requests that went there and whose answers passed through the router"""
 
     def __init__(
         self,
@@ -372,7 +372,7 @@ class Predictions(_message.Message):
     predicted_mean_s: _builtins.float
     observed_mean_s: _builtins.float
     error_p50_s: _builtins.float
-    """of |predicted - observed|, within 10%"""
+    """of |predicted - observed|"""
     error_p90_s: _builtins.float
     def __init__(
         self,

@@ -52,6 +52,17 @@ def test_a_recording_is_read_as_a_trace(tmp_path: Path) -> None:
     assert measure_reuse(trace).hits == [0, 2]
 
 
+def test_prediction_and_outcome_are_recorded() -> None:
+    """Both from the arrival on; neither where there was no first token."""
+    seen = request(100.0, [5])
+    assert "ttft_ms" not in json.loads(trace_line(seen, 100.0, b"k"))
+    seen.predicted_s = 100.25
+    assert "predicted_ttft_ms" not in json.loads(trace_line(seen, 100.0, b"k"))
+    seen.first_token_s = 100.5
+    line = json.loads(trace_line(seen, 100.0, b"k"))
+    assert (line["predicted_ttft_ms"], line["ttft_ms"]) == (250.0, 500.0)
+
+
 def test_ids_tell_nothing_about_the_hashes() -> None:
     """They depend on the recording's key, fit JSON's exact integers and are no block hashes."""
     ids = [json.loads(trace_line(request(0, [5, 6]), 0, key))["hash_ids"] for key in (b"a", b"a", b"b")]
