@@ -139,3 +139,11 @@ def choose(
 def queues_s(
     values: NDArray[np.float64], slots: NDArray[np.intp], now: float, head_left: float
 ) -> NDArray[np.float64]: ...
+def block_digests(pool: NDArray[np.uint8], blocks: NDArray[np.uint32]) -> NDArray[np.uint64]: ...
+def copy_blocks(
+    into: NDArray[np.uint8],
+    slots: NDArray[np.uint32],
+    pool: NDArray[np.uint8],
+    blocks: NDArray[np.uint32],
+    digest: bool = True,
+) -> NDArray[np.uint64]: ...

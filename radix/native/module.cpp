@@ -10,4 +10,5 @@ NB_MODULE(_native, module) {
     radix::bind_events(module);
     radix::bind_held(module);
     radix::bind_prediction(module);
+    radix::bind_blocks(module);
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import cache
@@ -51,7 +51,7 @@ class Pair:
         self.memory, self.pool = BlockMemory.shared(layout, BLOCKS), BlockMemory.shared(layout, BLOCKS)
         if transport == "nixl":
             self.memory, self.pool = (endpoint.memory for endpoint in _endpoints(layout))
-            self.memory.__dict__.pop("digest", None)
+            self.memory.__dict__.pop("digests", None)
             self.pool.zero(range(BLOCKS))
         self.cache = PooledHolder(self.memory)
         self.clock_ahead_s = 0.0
@@ -260,12 +260,12 @@ def test_a_broken_block_does_not_count(large: Pair) -> None:
     """Nor what follows it: what came before it does, and broken bytes are wiped."""
     keys, slots = keys_of(7), shuffled(7)
     blocks = large.cache.store(keys)
-    digest = large.memory.digest
+    digests = large.memory.digests
 
-    def flipped(block: int) -> int:
-        return digest(block) ^ (block == blocks[4])
+    def flipped(told: Sequence[int]) -> list[int]:
+        return [digest ^ (block == blocks[4]) for block, digest in zip(told, digests(told), strict=True)]
 
-    large.memory.digest = flipped  # type: ignore[method-assign]
+    large.memory.digests = flipped  # type: ignore[method-assign]
     result = large.pull(large.holder.lease(keys), keys, slots)
     assert result.blocks == 4
     assert "block 4 arrived broken" in result.reason
@@ -276,16 +276,16 @@ def test_what_ends_a_lease_ends_the_pull(large: Pair) -> None:
     """The blocks before it count, if any; those after are never taken for what they may no longer be."""
     keys, slots = keys_of(8), shuffled(8)
     blocks = large.cache.store(keys)
-    digest = large.memory.digest
+    digests = large.memory.digests
 
-    def reused(block: int) -> int:
-        if block == blocks[5]:
+    def reused(told: Sequence[int]) -> list[int]:
+        if blocks[5] in told:
             large.clock_ahead_s = 1e6
             large.holder.expire()
             large.memory.zero(blocks)
-        return digest(block)
+        return digests(told)
 
-    large.memory.digest = reused  # type: ignore[method-assign]
+    large.memory.digests = reused  # type: ignore[method-assign]
     result = large.pull(large.holder.lease(keys), keys, slots)
     assert result.blocks <= 4
     assert "lease ended" in result.reason or "broken" in result.reason
@@ -296,16 +296,16 @@ def test_a_slow_holder_is_given_up(large: Pair) -> None:
     """At the deadline, with what came until then; and nothing is written afterwards."""
     keys, slots = keys_of(8), shuffled(8)
     blocks = large.cache.store(keys)
-    digest, go_on = large.memory.digest, threading.Event()
+    digests, go_on = large.memory.digests, threading.Event()
 
-    def stuck(block: int) -> int:
-        if block == blocks[4] and large.name != "local":  # where it would be the puller who is stuck
+    def stuck(told: Sequence[int]) -> list[int]:
+        if blocks[4] in told and large.name != "local":  # where it would be the puller who is stuck
             go_on.wait()
-        elif block == blocks[4]:
+        elif blocks[4] in told:
             time.sleep(0.3)
-        return digest(block)
+        return digests(told)
 
-    large.memory.digest = stuck  # type: ignore[method-assign]
+    large.memory.digests = stuck  # type: ignore[method-assign]
     started = time.monotonic()
     result = large.pull(large.holder.lease(keys), keys, slots, 0.25)
     assert time.monotonic() - started < PATIENCE_S / 2
@@ -319,17 +319,17 @@ def test_a_pull_can_be_given_up(large: Pair) -> None:
     """By another thread, at any time, long before its deadline."""
     keys, slots = keys_of(6), shuffled(6)
     blocks = large.cache.store(keys)
-    digest, go_on = large.memory.digest, threading.Event()
+    digests, go_on = large.memory.digests, threading.Event()
     deadline = Deadline(PATIENCE_S)
 
-    def stuck(block: int) -> int:
-        if block == blocks[2]:
+    def stuck(told: Sequence[int]) -> list[int]:
+        if blocks[2] in told:
             deadline.cancel()
             if large.name != "local":
                 go_on.wait()
-        return digest(block)
+        return digests(told)
 
-    large.memory.digest = stuck  # type: ignore[method-assign]
+    large.memory.digests = stuck  # type: ignore[method-assign]
     result = large.pull(large.holder.lease(keys), keys, slots, deadline)
     assert result.blocks <= (4 if large.name == "local" else 2)
     assert "given up" in result.reason

@@ -179,21 +179,23 @@ class Holder:
 
     def _batch(self, lease: Lease, positions: range, how: How) -> tuple[Pieces, bool]:
         """A batch, and whether the lease went on until its digests were taken."""
-        digests = [self._digest(lease, position) for position in positions]
+        blocks = [lease.blocks[position] for position in positions]
+        digests = self._digests_of(lease, positions, blocks)
         if not self.leases.holds(lease):
             return [batch_head(Status.EXPIRED, digests)], False
         with self._counting:
             self.counts.blocks_told += len(positions)
         pieces: Pieces = [batch_head(Status.OK, digests)]
         if how is How.IN_STREAM:
-            for position in positions:
-                pieces += self.memory.views(lease.blocks[position])
+            for block in blocks:
+                pieces += self.memory.views(block)
         return pieces, True
 
-    def _digest(self, lease: Lease, position: int) -> int:
+    def _digests_of(self, lease: Lease, positions: range, blocks: Sequence[int]) -> list[int]:
         if not self._digests:
-            return 0
-        digest = lease.digests.get(position)
-        if digest is None:
-            digest = lease.digests[position] = self.memory.digest(lease.blocks[position])
-        return digest
+            return [0] * len(positions)
+        known = [lease.digests[position] for position in positions if position in lease.digests]
+        if len(known) < len(positions):
+            known = self.memory.digests(blocks)
+            lease.digests.update(zip(positions, known, strict=True))
+        return known

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rhizome.errors import InvalidRequest
-from worker.transfer.digests import digest_of
+from worker.transfer.digests import copy_blocks, digests_of
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -115,15 +115,15 @@ class BlockMemory:
         start = block * size
         return [self._view[at : at + size] for at in range(start, self.size_bytes, stride)]
 
-    def digest(self, block: int) -> int:
-        """The digest of a block's bytes."""
-        if self.layout.planes == 1:
-            return digest_of(self.pieces[0, block])
-        return digest_of(*self.pieces[:, block])
+    def digests(self, blocks: Sequence[int]) -> list[int]:
+        """The digests of blocks' bytes."""
+        return digests_of(self.pieces, blocks)
 
-    def copy_in(self, slot: int, source: BlockMemory, block: int) -> None:
-        """Another memory's block, of the same layout, into a slot of this one."""
-        self.pieces[:, slot] = source.pieces[:, block]
+    def copy_in(
+        self, slots: Sequence[int], source: BlockMemory, blocks: Sequence[int], *, digest: bool = True
+    ) -> list[int]:
+        """Another memory's blocks, of the same layout, into slots of this one. Returns their digests, or zeros."""
+        return copy_blocks(self.pieces, slots, source.pieces, blocks, digest=digest)
 
     def zero(self, blocks: Iterable[int]) -> None:
         """Overwrite what lies there."""

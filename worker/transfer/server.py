@@ -28,7 +28,7 @@ from worker.transfer.transports.sockets import SocketWire
 MAX_CONNECTIONS = 64  # each may hold a ticket of 1 MiB and a thread
 FIRST_WORD_S = 5.0  # for who has not asked anything yet
 IDLE_S = 60.0  # for who asked before: longer than pullers keep unused connections
-REAP_S = 1.0  # how late an ended lease may be noticed at most
+REAP_S = 0.25  # how late an ended lease may be noticed at most
 
 Attach = Callable[[socket.socket], None]
 """Answers an ATTACH on its connection."""

@@ -104,13 +104,10 @@ class ShmChannel(StreamChannel):
             raise TransferFailed(f"GRANT of block {max(blocks)} of {source.num_blocks}")
         for batch in grant.batches():
             deadline.left()
-            found = []
-            for position in batch:
-                memory.copy_in(slots[position], source, blocks[position])
-                found.append(memory.digest(slots[position]) if self.verify else 0)
+            span = slice(batch.start, batch.stop)
+            found = memory.copy_in(slots[span], source, blocks[span], digest=self.verify)
             told = self.batch(len(batch), [], deadline)
-            now = source.generations[grant.blocks[batch.start : batch.stop]]
-            if (now != grant.generations[batch.start : batch.stop]).any():
+            if (source.generations[grant.blocks[span]] != grant.generations[span]).any():
                 raise Refused(LEASE_ENDED)
             yield Batch(told, found if self.verify else told)
 
