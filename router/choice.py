@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from random import Random
 
 import numpy as np
 
@@ -19,6 +20,7 @@ from router.request import RouteRequest
 from router.table import Floats, Slots, WorkerTable
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
+ALONE = 0.05  # a router to which no more of the sequences in flight are foreign decides as if there was no other
 
 
 class Choice:
@@ -34,14 +36,19 @@ class Choice:
         observed: Mapping[str, str],
         policy: str,
         objective: Objective,
+        foreign_share: Callable[[], float],
+        seed: int | None,
     ) -> None:
-        """`held_blocks` gives leading blocks of a prompt by slot, shape (2, slots): on the device, and in any tier."""
+        """`held_blocks` gives leading blocks of a prompt by slot, shape (2, slots): on the device, and in any tier;
+        `foreign_share` that of the sequences in flight which other routers have sent. See `choose_apart` for `seed`."""
         self._fleet = fleet
         self._index = index
         self._table = table
         self._held_blocks = held_blocks
         self._observed = observed
         self._objective = objective
+        self._foreign_share = foreign_share
+        self._random = Random(seed)  # noqa: S311 - so that routers differ
         self._default_policy = policy
         self._policies: dict[str, Policy] = {policy: make_policy(policy)}
         self._able: dict[str, tuple[Slots, ModelCard]] = {}  # by model; forgotten when a member changes
@@ -96,11 +103,16 @@ class Choice:
         """
         policy = self.policy(request)
         rows, scores = self.scored(request, now, waited_s)
-        best = choose(rows, scores, policy.tie)
+        share = self._foreign_share() if policy.holds else 0.0  # its scores are seconds
+        apart = share > ALONE
+        if apart:
+            best = choose_apart(rows, scores, policy.tie, share, self._random)
+        else:
+            best = choose(rows, scores, policy.tie)
         if best is None:
             raise _all_full(rows, self._index.slot_names)
         scores, chosen, tied = best
-        return Comparison(rows, rows.at(chosen), scores, chosen, tied, self._index.slot_names, policy.unit)
+        return Comparison(rows, rows.at(chosen), scores, chosen, tied, self._index.slot_names, policy.unit, apart)
 
     def scored(self, request: RouteRequest, now: float, waited_s: float) -> tuple[Candidates, Floats]:
         """All candidates, and their scores, whether they have room or not. Raises like `compare`, Overloaded apart."""
@@ -184,6 +196,20 @@ def choose(rows: Candidates, scores: Floats, tie: Callable[[float], float]) -> B
         return choose_reference(rows, scores, tie)
     best: Best = native.choose(rows.rows, scores, tie)
     return best
+
+
+def choose_apart(rows: Candidates, scores: Floats, tie: Callable[[float], float], share: float, random: Random) -> Best:
+    """One at random of those that are worse than the best by no more than a prefill, of which the share that others may
+    be sending there just now.
+
+    Routers know of each other's decisions by reports only. Between two of them all see the same worker as the best.
+    """
+    room = rows.in_flight < rows.max_in_flight
+    if not room.any():
+        return None
+    limit = tie(float(scores[room].min())) + share * float(rows.prefill_s.min())
+    near = np.flatnonzero((scores <= limit) & room)
+    return scores if room.all() else np.where(room, scores, np.inf), random.choice(near.tolist()), len(near) > 1
 
 
 def prompt_of(request: RouteRequest) -> Prompt:

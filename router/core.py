@@ -40,6 +40,7 @@ class Router:
         max_blocks: int = DEFAULT_MAX_BLOCKS,
         max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
         prior: StepCosts = PRIOR,
+        seed: int | None = None,
         validate: bool = False,
     ) -> None:
         self.fleet = Fleet(lease_s)
@@ -58,6 +59,8 @@ class Router:
             observed=self.observed,
             policy=policy,
             objective=objective,
+            foreign_share=self.load.foreign_share,
+            seed=seed,
         )
         self._late = LateBinding(self._choice, self._table, self._placed, objective)
         self._validate = validate

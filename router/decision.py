@@ -50,6 +50,7 @@ class Comparison:
     tied: bool  # others scored as well
     names: Sequence[str]  # by slot
     unit: str
+    apart: bool = False  # chosen at random, as other routers decide by the same reports
 
     def candidates(self, most: int | None = None) -> tuple[Candidate, ...]:
         """The chosen one, then the others, best first; all of them, or so many."""
@@ -71,6 +72,8 @@ class Comparison:
         nearest = f"{others[0].worker_id}: {others[0].score:.4g}{self.unit}"
         if not self.tied:
             return told + f"next best {nearest}"
+        if self.apart:
+            return told + f"at random of those about as good ({nearest}): other routers know the same of them"
         return told + f"within a tie ({nearest}): most free blocks, fewest in flight, not chosen for the longest"
 
 

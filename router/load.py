@@ -100,6 +100,7 @@ class Load:
         self._table = table
         self._workers: dict[str, WorkerLoad] = {}
         self._in_flight: dict[str, Reservation] = {}
+        self._foreign_sequences = 0  # of all workers
         self._serial = 0
 
     def __len__(self) -> int:
@@ -116,6 +117,7 @@ class Load:
     def drop_worker(self, worker_id: str) -> None:
         """Forget its load. A streamed request stays in flight until its stream has ended too."""
         load = self._workers.pop(worker_id, None)
+        self._foreign_sequences -= load.foreign_sequences if load else 0
         for request in load.reservations.values() if load else ():
             if not request.streamed:
                 del self._in_flight[request.request_id]
@@ -123,6 +125,10 @@ class Load:
     def of(self, worker_id: str) -> WorkerLoad:
         """The load of a worker that was added."""
         return self._workers[worker_id]
+
+    def foreign_share(self) -> float:
+        """Of what is in flight, by the latest reports, the share that others have sent: 0 to 1."""
+        return self._foreign_sequences / max(1, self._foreign_sequences + len(self._in_flight))
 
     def check_room(self, request_id: str) -> None:
         """Raises Duplicate for a request in flight, Overloaded at MAX_IN_FLIGHT."""
@@ -212,7 +218,9 @@ class Load:
                 self.release(name, now)
         self._mark_progress(load, report.prefill_tokens_outstanding, now)
         load.foreign_prefill_tokens = max(0, report.prefill_tokens_outstanding - load.own_prefill_tokens)
+        self._foreign_sequences -= load.foreign_sequences
         load.foreign_sequences = max(0, report.running + report.waiting - load.own_sequences)
+        self._foreign_sequences += load.foreign_sequences
         load.blocks_in_use, load.released_blocks = report.blocks_in_use, 0
         self._write(load)
 
@@ -252,6 +260,7 @@ class Load:
         """Assert the invariants: sums equal their parts, nothing is kept for a worker that is gone."""
         assert sorted(self._workers) == sorted(worker_ids)
         kept: dict[str, Reservation] = {}
+        assert self._foreign_sequences == sum(load.foreign_sequences for load in self._workers.values())
         for load in self._workers.values():
             fresh = WorkerLoad(load.slot)
             for request in load.reservations.values():
