@@ -22,6 +22,7 @@ from benchmarks.report import Row, machine, print_table, write_json
 from benchmarks.routing_decision import decision_rows
 from benchmarks.routing_plan import FULL, QUICK, Plan, title, traces
 from benchmarks.routing_policies import carried_rows, policy_rows, saturations, speed_rows
+from benchmarks.routing_robust import robust_rows
 from benchmarks.routing_route import route_rows
 from deploy.traces.trace import Trace
 from radix import BACKEND, BACKEND_REASON
@@ -68,7 +69,7 @@ def _policies(plan: Plan, trace: Trace, find: bool, say: Say) -> list[Row]:
     speeds = saturations(plan, trace, find)
     told = ", ".join(f"N={workers} {speed:.4g}" for workers, speed in speeds.items())
     say(f"{title(trace)}: speed that saturates round-robin: {told}")
-    return policy_rows(plan, trace, speeds)
+    return policy_rows(plan, trace, speeds) + robust_rows(plan, trace, speeds)
 
 
 def main(arguments: list[str] | None = None, plan: Plan | None = None) -> int:

@@ -2,9 +2,9 @@
 
 `hash_ids` are the block hashes under a key that is made for each recording and kept nowhere: equal prefixes have equal
 ids within one recording, and nothing else can be told from them. A line is written when its request has ended, so lines
-are in that order; times are of arrival. `ttft_ms` and `predicted_ttft_ms`, both from the arrival on, are for people, not
-for readers of traces. Requests whose stream goes past the router (`Route`) are not in it: how long their answers were is
-not known here. Readers: deploy.traces.trace.read_trace.
+are in that order; times are of arrival. `ttft_ms` and `predicted_ttft_ms`, both from the arrival on, are for people and
+not for readers of traces. Requests whose stream goes past the router (`Route`) are not in it: how long their answers
+were is not known here. Readers: deploy.traces.trace.read_trace.
 """
 
 from __future__ import annotations

@@ -23,10 +23,11 @@ from router.fleet import ModelCard, WorkerInfo, WorkerReport
 from router.holding import PATIENCE_S
 from router.objective import Objective
 from router.table import Floats
+from router.timing import PRIOR, StepCosts
 from worker.engine import EngineStatus
 from worker.scheduler import SchedulerConfig
 from worker.simulated import SimulatedWorker, leading
-from worker.step_time import Hardware
+from worker.step_time import Hardware, StepTimeModel
 
 LEASE_S = 1e9  # nobody dies in a simulation
 MAX_REPLAYED = DEFAULT_CAPACITY  # batches: all that a log keeps
@@ -100,9 +101,11 @@ class Fleet:
         network: Network | None = None,
         seed: int = 0,
         host_tier: bool = False,
+        prior_error: float | None = None,
         max_waiting: int = 4096,
         validate: bool = False,
     ) -> None:
+        """Routers begin with step times that are `prior_error` times the truth; None: with what all routers begin."""
         self.trace = trace
         self.outcomes = [Outcome(r.arrival_s, r.input_tokens, r.output_tokens) for r in trace.requests]
         self.workers: list[SimulatedWorker] = []
@@ -128,9 +131,10 @@ class Fleet:
         self._config = config
         card = ModelCard("simulated", config.max_model_len, 1 << 20, block_size, "")
         self._computed: set[int] | None = set() if policy == BOUND else None  # blocks, by whomever
+        prior = PRIOR if prior_error is None else _step_costs(hardware.steps, prior_error)
         for _ in range(routers):
             if self._computed is None:
-                router = Router(policy=policy, objective=objective, lease_s=LEASE_S, validate=validate)
+                router = Router(policy=policy, objective=objective, lease_s=LEASE_S, prior=prior, validate=validate)
             else:
                 router = _BoundRouter(self._computed)
             self._replicas.append(_Replica(router))
@@ -348,6 +352,13 @@ def _replay(view: WorkerView, missing: Sequence[EventBatch]) -> None:
 
 def _restore(view: WorkerView, snapshot: Snapshot) -> None:
     view.restore(snapshot)
+
+
+def _step_costs(steps: StepTimeModel, factor: float) -> StepCosts:
+    """A model of step times in a router's words, so many times as slow; what it has no word for is left out."""
+    prefill = steps.prefill_step_s, steps.token_s, steps.attention_s
+    decode = steps.decode_step_s, steps.sequence_s, steps.context_token_s
+    return StepCosts(*(factor * cost for cost in prefill + decode))
 
 
 def _hashes(block_ids: Sequence[int]) -> Hashes:

@@ -57,6 +57,7 @@ class Setting:
     seed: int = 0
     slo: Slo = Slo()
     objective: Objective | None = None  # of predicted-ttft; None: the least TTFT
+    prior_error: float | None = None  # routers begin with so many times the true step times; None: with their own
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +196,21 @@ def header_of(setting: Setting) -> dict[str, Any]:
         "seed": setting.seed,
         "slo": asdict(setting.slo),
         "objective": asdict(setting.objective) if setting.objective else None,
+        "prior_error": setting.prior_error,
     }
 
 
-SATURATION_FIELDS = ("format", "trace", "hardware", "network", "routers", "host_tier", "seed", "objective")
+SATURATION_FIELDS = (
+    "format",
+    "trace",
+    "hardware",
+    "network",
+    "routers",
+    "host_tier",
+    "seed",
+    "objective",
+    "prior_error",
+)
 """Of a header: what saturation depends on."""
 
 

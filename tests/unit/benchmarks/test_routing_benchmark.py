@@ -70,6 +70,8 @@ def test_every_part_of_the_benchmark_gives_its_rows(
         "chat N2 load 0.8 mean TTFT vs best other",
         "chat N2 load 1 p99 TTFT vs best other",
         "chat N2 load 1 disturbed",
+        "chat N2 load 1 step times x0.5",
+        "chat N2 load 1 step times x2, events late and lost",
     } <= rows.keys()
     assert all(each["ours"] for each in rows.values())
     best = rows["chat N2 load 1 mean TTFT vs best other"]

@@ -129,6 +129,15 @@ def test_views_tell_the_workers_caches(chat: Trace, network: Network, host_tier:
             assert view.counts.mismatches == 0
 
 
+@pytest.mark.parametrize("factor", [0.5, 2.0])
+def test_routers_begin_with_a_prior_that_may_be_wrong(chat: Trace, factor: float) -> None:
+    """The first request is predicted by it, later ones by what was learned since."""
+    right, wrong = run(chat, prior_error=1.0), run(chat, prior_error=factor)
+    assert wrong.outcomes[0].predicted_ttft_s == pytest.approx(factor * right.outcomes[0].predicted_ttft_s)
+    predicted, true = (fleet._replicas[0].router.timing.of("worker-0").costs for fleet in (wrong, right))
+    assert predicted.prefill_s(4000, 8192) == pytest.approx(true.prefill_s(4000, 8192), rel=0.2)
+
+
 def test_where_memory_is_short_some_are_preempted_and_all_end() -> None:
     """Prompts that just fit and long answers: preemptions happen, pools stay whole, nobody is lost."""
     requests = tuple(TraceRequest(0.05 * n, 600, 500, tuple(range(20 * n, 20 * n + 10))) for n in range(60))
