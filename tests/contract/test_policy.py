@@ -213,7 +213,7 @@ def test_candidates_show_what_is_predicted(question: PlainQuestion) -> None:
         assert row.free_blocks == max(0, worker.blocks_total - question.in_use(worker))
         told = (row.queue_s, row.memory_s, row.prefill_s, row.decode_s, row.predicted_ttft_s)
         terms = (question.queue_s, question.memory_s, question.prefill_s, question.decode_s, question.ttft_s)
-        assert told == pytest.approx(tuple(term(worker) for term in terms), abs=1e-9)
+        assert told == pytest.approx(tuple(term(worker) for term in terms), rel=1e-9, abs=1e-9)
 
 
 def winner(scores: list[float] | Floats) -> int:
