@@ -65,6 +65,9 @@ class RegistryFollower:
                         logger.warning("registry %s; leases are kept until it answers", error)
                     away = True
                     await asyncio.sleep(RETRY_S)
+                except Exception:  # a defect here must not leave the fleet unheard for good
+                    logger.exception("registry %s: following it failed", self._registry.where)
+                    await asyncio.sleep(RETRY_S)
         finally:
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)

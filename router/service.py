@@ -12,6 +12,7 @@ from typing import NoReturn
 
 import grpc
 
+from kv_events.bus.redis_registry import parse_registry_url
 from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER, LARGEST_MAX_BLOCKS
 from rhizome import rpc, ticket, validate
 from rhizome.errors import InvalidRequest, Unavailable
@@ -36,6 +37,7 @@ from router.messages import (
 from router.objective import Objective
 from router.observed import Observed, observed_card, observing, parse_observed, warn_of_other_block_sizes
 from router.policies import DEFAULT_POLICY
+from router.registry import RegistryFollower
 from router.trace_recorder import RecordedRequest, TraceRecorder, recording_trace
 from router.whole_tree import TreeSender
 
@@ -257,7 +259,7 @@ class RouterService:
 
 
 class FleetService:
-    """rhizome.v1.Fleet."""
+    """rhizome.v1.Fleet, and what workers announce in a registry. Each raises RhizomeError."""
 
     def __init__(
         self, router: Router, links: Links, dispatcher: Dispatcher, observed: Sequence[Observed], secret: bytes
@@ -269,6 +271,25 @@ class FleetService:
         self._secret = secret
 
     async def register(self, request: fleet_pb2.RegisterRequest, context: rpc.Context) -> fleet_pb2.RegisterResponse:
+        """See join."""
+        self.join(request)
+        return fleet_pb2.RegisterResponse(
+            lease_s=self._router.fleet.lease_s,
+            heartbeat_interval_s=self._router.fleet.lease_s / HEARTBEATS_PER_LEASE,
+        )
+
+    async def heartbeat(self, request: fleet_pb2.HeartbeatRequest, context: rpc.Context) -> fleet_pb2.HeartbeatResponse:
+        """See hear."""
+        return fleet_pb2.HeartbeatResponse(draining=self.hear(request))
+
+    async def deregister(
+        self, request: fleet_pb2.DeregisterRequest, context: rpc.Context
+    ) -> fleet_pb2.DeregisterResponse:
+        """See leave."""
+        self.leave(request)
+        return fleet_pb2.DeregisterResponse()
+
+    def join(self, request: fleet_pb2.RegisterRequest) -> None:
         """Give a worker its lease, and begin to follow it."""
         ticket.check_member(self._secret, request)
         info = worker_info(request)
@@ -282,29 +303,22 @@ class FleetService:
             logger.info("worker %s of epoch %d joined from %s", info.worker_id, info.epoch, info.address)
             warn_of_other_block_sizes(self._observed, info.model.name, info.model.block_size)
             self._links.open(info)
-        return fleet_pb2.RegisterResponse(
-            lease_s=self._router.fleet.lease_s,
-            heartbeat_interval_s=self._router.fleet.lease_s / HEARTBEATS_PER_LEASE,
-        )
 
-    async def heartbeat(self, request: fleet_pb2.HeartbeatRequest, context: rpc.Context) -> fleet_pb2.HeartbeatResponse:
-        """Renew a lease, and learn the worker's state."""
+    def hear(self, request: fleet_pb2.HeartbeatRequest) -> bool:
+        """Renew a lease, and learn the worker's state; returns whether it is draining."""
         ticket.check_member(self._secret, request)
         status = request.status
         draining = self._router.heartbeat(status.worker_id, status.epoch, worker_report(status), time.monotonic())
         self._links.told(status.worker_id, status.epoch, status.next_event_seq)
         self._dispatcher.changed()
-        return fleet_pb2.HeartbeatResponse(draining=draining)
+        return draining
 
-    async def deregister(
-        self, request: fleet_pb2.DeregisterRequest, context: rpc.Context
-    ) -> fleet_pb2.DeregisterResponse:
+    def leave(self, request: fleet_pb2.DeregisterRequest) -> None:
         """A worker leaves."""
         ticket.check_member(self._secret, request)
         self._router.deregister(request.worker_id, request.epoch)
         self._links.retire(request.worker_id)
         logger.info("worker %s of epoch %d left", request.worker_id, request.epoch)
-        return fleet_pb2.DeregisterResponse()
 
 
 def _metadata(decision: Decision) -> tuple[tuple[str, str], ...]:
@@ -372,6 +386,7 @@ async def running_router(
     max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
     observe: Sequence[str] = (),
     record_trace: Path | None = None,
+    registry: str = "",
     validate: bool = False,
 ) -> AsyncIterator[str]:
     """A serving router; yields its host:port (port 0: a free one).
@@ -379,7 +394,8 @@ async def running_router(
     Raises InvalidRequest for an unknown policy, a host off loopback without `insecure`, a port in use, caps of the
     index out of range, `observe` that is not NAME=URL. With `secret` only workers that sign their registration join.
     Servers to observe are indexed and get no requests. `validate` checks the core's invariants all the time, for tests.
-    What is streamed is recorded to the new file record_trace.
+    What is streamed is recorded to the new file record_trace. `registry` is a URL (kv_events.bus.redis_registry) where
+    workers announce themselves, besides those that call this router.
     """
     rpc.check_bind_host(host, insecure=insecure)
     for field, cap in (("max_blocks", max_blocks), ("max_blocks_per_worker", max_blocks_per_worker)):
@@ -399,13 +415,12 @@ async def running_router(
     recording = ExitStack()
     recorder = recording.enter_context(recording_trace(record_trace, time.monotonic()))
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
-    server.add_generic_rpc_handlers(
-        _handlers(
-            RouterService(router, links, dispatcher, observed, secret, recorder),
-            FleetService(router, links, dispatcher, observed, secret),
-        )
-    )
-    expiry = asyncio.create_task(_expire(router, links))
+    fleet = FleetService(router, links, dispatcher, observed, secret)
+    service = RouterService(router, links, dispatcher, observed, secret, recorder)
+    server.add_generic_rpc_handlers(_handlers(service, fleet))
+    tasks: list[asyncio.Task[NoReturn]] = [asyncio.create_task(_expire(router, links))]
+    if registry:
+        tasks.append(asyncio.create_task(RegistryFollower(parse_registry_url(registry), router, fleet).run()))
     try:
         async with (
             observing(router, observed, secret),
@@ -413,7 +428,8 @@ async def running_router(
         ):
             yield address
     finally:
-        expiry.cancel()
-        await asyncio.gather(expiry, return_exceptions=True)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
         await links.close()  # answers under way end within the server's grace
         recording.close()
