@@ -39,6 +39,10 @@ class BlockPool:
     def ref_count(self, block: int) -> int:
         return self._ref_counts[block]
 
+    def unused(self, blocks: Iterable[int]) -> int:
+        """How many of them nobody uses."""
+        return sum([self._ref_counts[block] == 0 for block in blocks])
+
     def allocate(self) -> int:
         """A block with reference count 1 and undefined content. The caller made sure that one is available."""
         if self._free:

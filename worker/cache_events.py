@@ -26,6 +26,11 @@ class TierEvents:
         self.removed: list[int] = []
         self.stored: dict[int, CachedBlock] = {}  # by block hash: those that are to be told before they are removed
 
+    @property
+    def changed(self) -> bool:
+        """Whether there is anything to tell."""
+        return bool(self.removed or self.stored)
+
     def take(self, block_size: int, *, tails_first: bool, include_token_ids: bool) -> list[Event]:
         """Tell the changes, and forget them. `tails_first`: a prefix was stored last block first."""
         events: list[Event] = []
@@ -85,13 +90,15 @@ class CacheEvents:
 
     def take(self) -> tuple[Event, ...]:
         """What changed since the last call."""
+        if not (self._told or self._device.changed or self._host.changed):
+            return ()
         self._tell()
         told, self._told = self._told, []
         return tuple(told)
 
     def _tell(self) -> None:
         for tier, tails_first in ((self._host, True), (self._device, False)):
-            if tier.removed or tier.stored:
+            if tier.changed:
                 self._told += tier.take(
                     self._block_size, tails_first=tails_first, include_token_ids=self._include_token_ids
                 )

@@ -3,25 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 
 from radix.hashing import as_tokens
 
 
-@dataclass(slots=True, eq=False)
 class CachedBlock:
     """The content of one full block: its key, its tokens as `pack` makes them, and what comes before (None: nothing).
 
     The content of an evicted block lives on in what follows it: that was computed after it and after nothing else.
     """
 
-    key: bytes
-    tokens: bytes
-    parent: CachedBlock | None
-    block_hash: int = field(init=False)
+    __slots__ = ("block_hash", "key", "parent", "tokens")
 
-    def __post_init__(self) -> None:
-        self.block_hash = hash_of(self.key)
+    def __init__(self, key: bytes, tokens: bytes, parent: CachedBlock | None) -> None:
+        self.key = key
+        self.tokens = tokens
+        self.parent = parent
+        self.block_hash = int.from_bytes(key[:8], "little")
 
 
 def pack(tokens: Sequence[int]) -> bytes:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from kv_events.log import EventLog
 from rhizome.errors import Duplicate
@@ -50,10 +51,24 @@ class StepTimes:
     prefill_context: int = 0  # of these
     decode_context: int = 0
 
+    def copy(self) -> StepTimes:
+        """The same, apart. (dataclasses.replace takes four times as long.)"""
+        return StepTimes(
+            self.prefill_steps,
+            self.prefill_tokens,
+            self.prefill_s,
+            self.decode_steps,
+            self.decode_tokens,
+            self.decode_s,
+            self.prefill_attention,
+            self.prefill_decodes,
+            self.prefill_context,
+            self.decode_context,
+        )
 
-@dataclass(frozen=True, slots=True)
-class EngineStatus:
-    """A worker's load, as it reports it."""
+
+class EngineStatus(NamedTuple):
+    """A worker's load, as it reports it. (A named tuple is made in a third of the time that a frozen class takes.)"""
 
     running: int
     waiting: int
@@ -80,7 +95,7 @@ def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineSt
         blocks_in_use=pool.in_use,
         blocks_cached=pool.idle,
         prefill_tokens_outstanding=sum(s.prefill_outstanding for s in sequences if s.computed < s.prompt_len),
-        times=replace(times),
+        times=times.copy(),
         preemptions=scheduler.preemptions,
         prompt_tokens=scheduler.prompt_tokens,
         cached_prompt_tokens=scheduler.cached_prompt_tokens,
@@ -227,7 +242,7 @@ class Engine:
     def _append(self, sequence: Sequence, token: SampledToken) -> Output:
         request_id = sequence.request.request_id
         state = self._requests[request_id]
-        sequence.tokens.append(token.token_id)
+        sequence.append(token.token_id)
         state.completion_tokens += 1
         text, finish_reason = state.answers[sequence.choice][1].push(token.token_id)
         if finish_reason is not None:

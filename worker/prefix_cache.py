@@ -104,17 +104,18 @@ class PrefixCache:
             if parent is not None and same_prefix(parent, content.parent):
                 content.parent = parent
         listed = self._listed(content)
-        if listed is not None and not same_prefix(listed, content):
-            self.collisions += 1
-            return
-        if content.block_hash in self._by_hash:
-            return
-        assert block not in self._contents, "a listed block is rewritten"
-        if listed is not None and self.host is not None:
-            slot = self.host.find(content.block_hash)
+        if listed is not None:
+            if not same_prefix(listed, content):
+                self.collisions += 1
+                return
+            if content.block_hash in self._by_hash:
+                return
+            slot = None if self.host is None else self.host.find(content.block_hash)
+            assert self.host is not None
             assert slot is not None
             self.host.set_copy(slot, True)
             content = listed
+        assert block not in self._contents, "a listed block is rewritten"
         self._list(block, content)
 
     def clear(self) -> int:

@@ -10,7 +10,6 @@ from bisect import insort
 from collections.abc import Iterable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
-from typing import cast
 
 from rhizome.errors import InvalidRequest, Overloaded
 from worker.plan import Chunk, SamplingInput, StepPlan
@@ -98,7 +97,7 @@ class Scheduler:
     def schedule(self) -> list[Scheduled]:
         """What the next step computes; blocks for it are allocated. Empty when there is nothing to do."""
         # Most of what runs decodes into blocks that it has.
-        step = [Scheduled(s, 1) for s in self.running if s.computed + 1 == len(s.tokens) <= s.writable]
+        step = [Scheduled(s, 1) for s in self.running if s.computed + 1 == s.length <= s.writable]
         if len(step) == len(self.running) or self._go_on(step):
             self._admit(step)
         if step and self.cache.host is not None:
@@ -159,7 +158,7 @@ class Scheduler:
     def _go_on(self, step: list[Scheduled]) -> bool:
         """Add what else runs, both by rank: decodes that need blocks, then prefill chunks while the token budget lasts.
         False where there is no room for all of them, so none for more."""
-        others = [s for s in self.running if not s.computed + 1 == len(s.tokens) <= s.writable]
+        others = [s for s in self.running if not s.computed + 1 == s.length <= s.writable]
         others.sort(key=_prefills)
         fits = True
         for sequence in others:
@@ -186,15 +185,15 @@ class Scheduler:
         """Move sequences from waiting to running, best rank first, while one fits as a whole."""
         while self.waiting and (budget := self._budget(step)) > 0:
             sequence = self.waiting[0]
-            running = sum(1 + other.forks for other in self.running)
+            running = len(self.running) + sum([other.forks for other in self.running])
             if running + 1 + sequence.forks > self.config.max_running:
                 return
             cached = self._lookup(sequence)
             on_device = cached if self.cache.host is None else [place for place in cached if place >= 0]
-            idle = sum(self.cache.pool.ref_count(block) == 0 for block in on_device)
             # Blocks for all of it, not for the first chunk alone: else it is preempted half-way through its prompt.
-            missing = self._blocks_for(len(sequence.tokens)) - len(on_device)
-            if missing > self.cache.pool.available - idle - self._blocks_promised():
+            missing = self._blocks_for(sequence.length) - len(on_device)
+            pool = self.cache.pool
+            if missing > pool.available - pool.unused(on_device) - self._blocks_promised():
                 return
             del self.waiting[0]
             loads = self._start(sequence, cached)
@@ -216,8 +215,8 @@ class Scheduler:
 
     def _blocks_promised(self) -> int:
         """Blocks that running sequences still need for prompts that were admitted as a whole."""
-        unfinished = (s for s in self.running if len(s.tokens) > s.writable)
-        return sum(max(0, self._blocks_for(len(s.tokens)) - len(s.blocks)) for s in unfinished)
+        unfinished = (s for s in self.running if s.length > s.writable)
+        return sum(max(0, self._blocks_for(s.length) - len(s.blocks)) for s in unfinished)
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.config.block_size)
@@ -260,8 +259,8 @@ class Scheduler:
             sequence.blocks[shared] = pool.allocate()
             copies.append((source, sequence.blocks[shared]))
             pool.release([source])
-        while len(sequence.blocks) < self._blocks_for(sequence.computed + num_tokens):
-            sequence.blocks.append(pool.allocate())
+        missing = self._blocks_for(sequence.computed + num_tokens) - len(sequence.blocks)
+        sequence.blocks += [pool.allocate() for _ in range(missing)]
         sequence.writable = len(sequence.blocks) * self.config.block_size
         return Scheduled(sequence, num_tokens, copies)
 
@@ -279,8 +278,9 @@ class Scheduler:
             if sequence.output_len < params.min_tokens:
                 banned = params.stop_token_ids | self._stop_tokens
             choices = range(sequence.choice, sequence.choice + 1 + sequence.forks)
-            tokens = cast("AnySequence[int]", sequence.tokens)  # all of it, never a copy
-            samples = (SamplingInput(params, tokens, sequence.prompt_len, choice, banned) for choice in choices)
+            samples = (
+                SamplingInput(params, sequence.tokens, sequence.prompt_len, choice, banned) for choice in choices
+            )
         return Chunk(sequence.tokens[start : start + num_tokens], start, list(sequence.blocks), tuple(samples))
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import numpy as np
 
@@ -27,14 +26,6 @@ class EngineRequest:
     bypass_prefix_cache: bool = False
 
 
-class Tokens(Protocol):
-    """What the scheduler does with a sequence's tokens: it counts them, and passes slices on."""
-
-    def __len__(self) -> int: ...
-    def __getitem__(self, part: slice, /) -> AnySequence[int]: ...
-    def append(self, token_id: int, /) -> None: ...
-
-
 @dataclass(slots=True, eq=False)
 class Sequence:
     """A sequence waits, runs or has ended; only the scheduler moves it and touches its blocks."""
@@ -43,7 +34,7 @@ class Sequence:
     arrival: int
     choice: int = 0
     forks: int = 0  # choices still to be split off when the prompt is through
-    tokens: Tokens = field(default_factory=list[int])  # prompt and output
+    tokens: list[int] = field(default_factory=list)  # prompt and output
     computed: int = 0  # leading tokens whose KV is in the blocks
     blocks: list[int] = field(default_factory=list)
     writable: int = 0  # leading tokens that its blocks hold, or 0 where another may hold those to be written, too
@@ -51,6 +42,7 @@ class Sequence:
     cached_tokens: int | None = None  # prompt tokens found in the cache at first admission
     expected_cached: int = 0  # the same, estimated while waiting
     prompt_len: int = field(init=False)
+    length: int = field(init=False)  # of prompt and output, in tokens
     rank: tuple[int, int, int] = field(init=False)  # smaller goes first: priority, then arrival, then choice
 
     _keys: list[bytes] = field(default_factory=list)
@@ -62,15 +54,21 @@ class Sequence:
         if not self.tokens:
             self.tokens = list(self.request.token_ids)
             self._keys = _split(self.request.keys)
+        self.length = len(self.tokens)
+
+    def append(self, token_id: int) -> None:
+        """One more token of output."""
+        self.tokens.append(token_id)
+        self.length += 1
 
     @property
     def output_len(self) -> int:
-        return len(self.tokens) - self.prompt_len
+        return self.length - self.prompt_len
 
     @property
     def remaining(self) -> int:
         """Tokens to compute before the next one can be sampled."""
-        return len(self.tokens) - self.computed
+        return self.length - self.computed
 
     @property
     def prefill_outstanding(self) -> int:
@@ -82,7 +80,7 @@ class Sequence:
         """The blocks to look for in the prefix cache. The last token is always computed: its logits are needed."""
         if self.request.bypass_prefix_cache:
             return []
-        return self.contents((len(self.tokens) - 1) // self.request.hasher.block_size)
+        return self.contents((self.length - 1) // self.request.hasher.block_size)
 
     def contents(self, count: int) -> list[CachedBlock]:
         """What the first `count` full blocks of this sequence hold, each after the one before it."""
@@ -103,7 +101,7 @@ class Sequence:
             request=self.request,
             arrival=self.arrival,
             choice=choice,
-            tokens=list(self.tokens[:]),
+            tokens=list(self.tokens),
             computed=self.computed,
             blocks=list(self.blocks),
             listed=self.listed,

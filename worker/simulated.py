@@ -26,10 +26,13 @@ _PARAMS = SamplingParams(max_tokens=1)
 @dataclass(slots=True, eq=False)
 class SimulatedSequence(Sequence):
     """A sequence whose prompt's blocks are known by their hashes alone. What it generates is found by nobody: a later
-    turn's prompt names it anew."""
+    turn's prompt names it anew. Its tokens are only counted."""
 
-    tokens: range = range(0)  # type: ignore[assignment]  # only their number is known, and nobody appends to them
     last: int = 1  # tokens of prompt and answer: with them it ends
+
+    def __post_init__(self) -> None:
+        self.prompt_len = self.length = len(self.request.token_ids)
+        self.rank = (self.request.priority, self.arrival, self.choice)
 
     def contents(self, count: int) -> list[CachedBlock]:
         """See Sequence."""
@@ -127,10 +130,9 @@ class SimulatedWorker:
         contents: list[CachedBlock] = []
         for block_hash in block_hashes:
             contents.append(CachedBlock(block_hash.to_bytes(8, "little"), b"", contents[-1] if contents else None))
-        tokens = range(prompt_tokens)
-        request = EngineRequest(request_id, tokens, _PARAMS, self._hasher, _NO_KEYS, priority)
+        request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
         last = prompt_tokens + output_tokens
-        self.scheduler.add(SimulatedSequence(request, self._arrivals, tokens=tokens, _contents=contents, last=last))
+        self.scheduler.add(SimulatedSequence(request, self._arrivals, _contents=contents, last=last))
         self._arrivals += 1
 
     def begin(self, now: float) -> float | None:
@@ -173,17 +175,16 @@ class SimulatedWorker:
         leap = self._leap
         for entry in step:
             sequence: SimulatedSequence = entry.sequence  # type: ignore[assignment]
-            tokens = len(sequence.tokens)
             if sequence.computed < sequence.prompt_len:
                 self.scheduler.computed(entry)
-                if sequence.computed == tokens == sequence.prompt_len:
+                if sequence.computed == sequence.length == sequence.prompt_len:
                     prefilled.append(sequence.request.request_id)
             else:
                 sequence.computed += entry.num_tokens + leap - 1
-            if sequence.computed < tokens:
+            if sequence.computed < sequence.length:
                 continue  # not through its prompt, or computed again after a preemption
-            sequence.tokens = range(tokens + leap)
-            if tokens + leap >= sequence.last:
+            sequence.length += leap
+            if sequence.length >= sequence.last:
                 self.scheduler.remove(sequence)
                 finished.append(sequence.request.request_id)
         self._count(now - self._began_at)
@@ -200,9 +201,11 @@ class SimulatedWorker:
         for entry in self._step:
             sequence: SimulatedSequence = entry.sequence  # type: ignore[assignment]
             computed = sequence.computed
-            if computed < sequence.prompt_len or computed + 1 < len(sequence.tokens):
+            if computed < sequence.prompt_len or computed + 1 < sequence.length:
                 return 1
-            steps = min(steps, sequence.writable - computed, sequence.last - 1 - computed)
+            until = sequence.writable if sequence.writable < sequence.last else sequence.last - 1
+            if until - computed < steps:
+                steps = until - computed
         return max(1, steps)
 
     def _ends_at(self) -> float:
