@@ -17,8 +17,10 @@ Terms: TypeAlias = Sequence[float]  # work or costs, term by term
 
 
 def expected_s(work: Terms, costs: Terms) -> float:
-    """What work takes, term by term."""
-    return sum(term * cost for term, cost in zip(work, costs, strict=True))
+    """What work takes, term by term. Written out, as it is asked for at every report."""
+    a, b, c, d, e, f = work
+    g, h, i, j, k, m = costs
+    return a * g + b * h + c * i + d * j + e * k + f * m
 
 
 class Pace:
@@ -26,24 +28,37 @@ class Pace:
 
     def __init__(self) -> None:
         self.value = 1.0
-        self._latest: deque[tuple[int, Terms, float]] = deque(maxlen=LATEST)  # (report, work, seconds)
+        self._latest: deque[tuple[int, Terms, float, float]] = deque(maxlen=LATEST)  # (report, work, seconds, expected)
+        self._changed = False
 
     def add(self, report: int, terms: Terms, seconds: float, expected: float) -> None:
         """The work in the report of that number, what it took and what was expected."""
         if expected >= LEAST_S:
-            self._latest.append((report, terms, seconds))
+            self._latest.append((report, terms, seconds, expected))
+            self._changed = True
 
-    def update(self, report: int, costs: Terms) -> bool:
-        """The pace as of a report, beside costs as they are now. True where it changed."""
+    def fitted(self, costs: Terms) -> None:
+        """Other costs were learned: something else is expected."""
+        for _ in range(len(self._latest)):
+            report, terms, seconds, _ = self._latest.popleft()
+            self._latest.append((report, terms, seconds, max(expected_s(terms, costs), 1e-6)))
+        self._changed = True
+
+    def update(self, report: int) -> bool:
+        """The pace as of a report. True where it changed."""
         while self._latest and self._latest[0][0] <= report - MOST_AGE:
             self._latest.popleft()
-        before, self.value = self.value, self._found(costs)
+            self._changed = True
+        if not self._changed:
+            return False
+        self._changed = False
+        before, self.value = self.value, self._found()
         return self.value != before
 
-    def _found(self, costs: Terms) -> float:
+    def _found(self) -> float:
         if len(self._latest) < LEAST:
             return 1.0
-        ratios = sorted(seconds / expected_s(terms, costs) for _, terms, seconds in self._latest)
+        ratios = sorted(seconds / expected for _, _, seconds, expected in self._latest)
         low, high = ratios[(len(ratios) - 1) // 2], ratios[len(ratios) // 2]
         ratio = low if low > 1 else min(high, 1.0)
         limit = START if self.value == 1.0 else KEEP

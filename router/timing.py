@@ -17,11 +17,11 @@ from router.table import Floats
 WINDOW_S = 60.0  # of expected time: what lies that far back counts 1/e
 PRIOR_WEIGHT_S = 0.02  # each term of the prior counts as this much observed time
 LEAST_OF_PRIOR = 0.02  # no term is taken to be less than this share of the prior's
-RECENT = 16  # observations that each fit judges anew: an early stall is seen to be one by what came after it
-ROUNDS = 3  # of judging and solving
+RECENT = 32  # observations that each fit judges anew: an early stall is seen to be one by what came after it
+ROUNDS = 3  # of judging and solving, in the first window
 OUTLIER = 4.0  # an observation counts at most so many times what is expected: a stall only ever adds
 OUTLIER_TRUST = 0.1  # and weighs so little where others of its kind took no such time
-REFIT_S = 5.0  # of observed time, and at first sooner, between fits
+REFIT_S = 10.0  # of observed time, and at first sooner, between fits
 IDLE_S = 0.5  # a report without any step makes what is known fade like so much work
 MAX_STEP_S = 60.0  # a longer step is a stopped clock, not a measurement
 MAX_WORK_S = 1e9  # of one term, as the prior has it: more in one report is no measurement either
@@ -127,7 +127,9 @@ class WorkerTiming:
         if fit:
             self._learned = self._fit(np.array(_in_priors(prior)))
             self._unfitted_s = 0.0
-        changed = [pace.update(self._reports, self._learned) for pace in self._paces]
+            for pace in self._paces:
+                pace.fitted(self._learned)
+        changed = [pace.update(self._reports) for pace in self._paces]
         if not fit and not any(changed):
             return False
         costs, (prefill, decode) = self.learned, self.pace
@@ -136,9 +138,9 @@ class WorkerTiming:
 
     def _add(self, pace: Pace, work: tuple[float, ...], seconds: float) -> None:
         terms = tuple(map(operator.mul, work, PRIOR))
-        if not all(0 <= term <= MAX_WORK_S for term in terms):  # NaN is not, either
-            return
         expected = expected_s(terms, self._learned)
+        if not (min(terms) >= 0 and max(terms) <= MAX_WORK_S and math.isfinite(expected)):
+            return
         pace.add(self._reports, terms, seconds, expected)
         self._recent.append((terms, seconds))
         self._observed_s += min(seconds, OUTLIER * expected)
@@ -146,7 +148,7 @@ class WorkerTiming:
 
     def _fit(self, prior: Floats) -> list[float]:
         older = max(0, len(self._recent) - RECENT)
-        if self._idle_s:
+        if self._idle_s >= REFIT_S:  # a worker that was slow, and so gets no work, is not to be known for it for ever
             older = len(self._recent)
             self._fade(self._idle_s)
             self._idle_s = 0.0
@@ -157,7 +159,7 @@ class WorkerTiming:
             self._normal, self._moment = self._with(terms[:older], seconds[:older], weights[:older])
             for _ in range(older):
                 self._recent.popleft()
-        for _ in range(ROUNDS if len(self._recent) >= LEAST else 1):
+        for _ in range(ROUNDS if len(self._recent) >= LEAST and self._observed_s < WINDOW_S else 1):
             costs = _solution(*self._with(*_weighed(self._recent, costs)), prior)
         found: list[float] = costs.tolist()
         return found
@@ -184,8 +186,9 @@ def _weighed(observed: Collection[tuple[Terms, float]], costs: Floats) -> tuple[
     weights: Floats = np.minimum(1.0, WINDOW_S / expected) / expected
     prefill = terms[:, 0] > 0
     for kind in (prefill, ~prefill):
-        if np.count_nonzero(kind) >= LEAST:
-            middle = float(np.median(ratio[kind]))
+        ratios = np.sort(ratio[kind])
+        if len(ratios) >= LEAST:
+            middle = float(ratios[len(ratios) // 2])  # the median; numpy's own takes as long as all else here
             most[kind] *= max(1.0, middle)  # where all of a kind take longer, none of them is a stall
             weights[kind & (ratio > OUTLIER * middle)] *= OUTLIER_TRUST
     return terms, np.minimum(seconds, most * expected), weights
