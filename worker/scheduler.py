@@ -12,6 +12,7 @@ from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 
 from rhizome.errors import InvalidRequest, Overloaded
+from worker.cached_block import CachedBlock
 from worker.plan import Chunk, SamplingInput, StepPlan
 from worker.prefix_cache import PrefixCache
 from worker.sequence import Sequence
@@ -125,6 +126,21 @@ class Scheduler:
             for index, content in enumerate(sequence.contents(full)[sequence.listed :], sequence.listed):
                 self.cache.insert(sequence.blocks[index], content)
             sequence.listed = full
+
+    def adopt(self, contents: AnySequence[CachedBlock]) -> int:
+        """Take in blocks that were computed elsewhere, each after the one before it: they become idle ones, as many as
+        there is room for. Returns how many leading ones are here now."""
+        pool = self.cache.pool
+        places = self.cache.lookup(contents)
+        blocks = [place for place in places if place >= 0]
+        for block in blocks:
+            pool.retain(block)  # so that none makes room for those that follow it
+        room = max(0, pool.available - self._blocks_promised())
+        for content in contents[len(places) : len(places) + room]:
+            blocks.append(pool.allocate())
+            self.cache.insert(blocks[-1], content)
+        pool.release(reversed(blocks))
+        return min(len(contents), len(places) + room)
 
     def fork(self, sequence: Sequence, choice: int) -> Sequence:
         """A running copy that shares every block; the first to write into a shared one copies it."""

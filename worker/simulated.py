@@ -60,6 +60,13 @@ class SharedCacheScheduler(Scheduler):
         return loads
 
 
+def _contents(block_hashes: AnySequence[int]) -> list[CachedBlock]:
+    contents: list[CachedBlock] = []
+    for block_hash in block_hashes:
+        contents.append(CachedBlock(block_hash.to_bytes(8, "little"), b"", contents[-1] if contents else None))
+    return contents
+
+
 def leading(hashes: Iterable[int], known: AbstractSet[int]) -> int:
     """How many of them, from the first on, are known."""
     depth = 0
@@ -127,13 +134,20 @@ class SimulatedWorker:
 
         Raises like Scheduler.add.
         """
-        contents: list[CachedBlock] = []
-        for block_hash in block_hashes:
-            contents.append(CachedBlock(block_hash.to_bytes(8, "little"), b"", contents[-1] if contents else None))
+        contents = _contents(block_hashes)
         request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
         last = prompt_tokens + output_tokens
         self.scheduler.add(SimulatedSequence(request, self._arrivals, _contents=contents, last=last))
         self._arrivals += 1
+
+    def held(self, block_hashes: AnySequence[int]) -> int:
+        """Leading blocks of a prompt that are here, in any tier."""
+        return len(self.scheduler.cache.lookup(_contents(block_hashes)))
+
+    def adopt(self, block_hashes: AnySequence[int], now: float) -> None:
+        """Leading blocks of a prompt have come from another worker."""
+        self.scheduler.adopt(_contents(block_hashes))
+        self._publish(now)
 
     def begin(self, now: float) -> float | None:
         """Start the next step; returns when it is over, None where there is nothing to do."""

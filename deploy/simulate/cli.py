@@ -57,6 +57,9 @@ def simulate(
     host_tier: Annotated[
         bool, typer.Option("--host-tier/--no-host-tier", help="workers keep evicted blocks in host memory")
     ] = False,
+    peer_fetch: Annotated[
+        bool, typer.Option("--peer-fetch/--no-peer-fetch", help="workers fetch KV blocks from each other")
+    ] = False,
     event_delay: Annotated[float, typer.Option(help="seconds until a KV event reaches a router")] = 0.002,
     event_loss: Annotated[float, typer.Option(help="share of event batches that are lost at first, 0 to 1")] = 0.0,
     report_interval: Annotated[float, typer.Option(help="seconds between a worker's load reports")] = 0.5,
@@ -92,6 +95,7 @@ def simulate(
         network,
         routers=routers,
         host_tier=host_tier,
+        peer_fetch=peer_fetch,
         seed=seed,
         slo=Slo(slo_ttft, slo_itl),
         objective=objective,

@@ -54,7 +54,8 @@ class Outcome:
     routed_at: float = np.nan
     first_token_at: float = np.nan
     finished_at: float = np.nan
-    cached_tokens: int = 0  # by the router's tree
+    cached_tokens: int = 0  # by the router's tree, those to be fetched included
+    fetched_tokens: int = 0  # that came from another worker
     predicted_ttft_s: float = np.nan
     refused: bool = False
 
@@ -101,6 +102,7 @@ class Fleet:
         network: Network | None = None,
         seed: int = 0,
         host_tier: bool = False,
+        peer_fetch: bool = False,
         prior_error: float | None = None,
         max_waiting: int = 4096,
         validate: bool = False,
@@ -114,6 +116,8 @@ class Fleet:
         self._random = Random(seed)  # noqa: S311 - which batches are lost
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._serial = 0
+        self._link_free_at = [0.0] * workers  # what is fetched comes one prompt after the other
+        self._fetch_block_s = hardware.fetch_token_s * trace.block_size
         self._ends: list[int] = []  # by worker: serial of the event that ends the step under way
         self._left = len(trace.requests)
         self._replicas: list[_Replica] = []
@@ -132,9 +136,16 @@ class Fleet:
         card = ModelCard("simulated", config.max_model_len, 1 << 20, block_size, "")
         self._computed: set[int] | None = set() if policy == BOUND else None  # blocks, by whomever
         prior = PRIOR if prior_error is None else _step_costs(hardware.steps, prior_error)
-        for _ in range(routers):
+        for index in range(routers):
             if self._computed is None:
-                router = Router(policy=policy, objective=objective, lease_s=LEASE_S, prior=prior, validate=validate)
+                router = Router(
+                    policy=policy,
+                    objective=objective,
+                    lease_s=LEASE_S,
+                    prior=prior,
+                    seed=seed + index,
+                    validate=validate,
+                )
             else:
                 router = _BoundRouter(self._computed)
             self._replicas.append(_Replica(router))
@@ -159,6 +170,7 @@ class Fleet:
                 config.max_running,
                 max_waiting,
                 config.max_batched_tokens,
+                fetch_token_s=hardware.fetch_token_s if peer_fetch else 0.0,
             )
             for replica in self._replicas:
                 replica.router.register(info, 0.0)
@@ -240,8 +252,28 @@ class Fleet:
         outcome.routed_at = self.now
         outcome.cached_tokens = decision.cached_tokens
         outcome.predicted_ttft_s = decision.predicted_ttft_s + decision.held_s
-        outcome.worker = int(decision.worker_id.removeprefix("worker-"))
-        self._at(self.now + self._network.delay_s, lambda: self._accept(number))
+        outcome.worker = _number_of(decision.worker_id)
+        act = partial(self._fetch, number, decision) if decision.fetched_tokens else partial(self._accept, number)
+        self._at(self.now + self._network.delay_s, act)
+
+    def _fetch(self, number: int, decision: Decision) -> None:
+        """The worker pulls what another has of the prompt and it has not; then it begins with the request."""
+        outcome, source = self.outcomes[number], self.workers[_number_of(decision.fetch_from)]
+        worker = self.workers[outcome.worker]
+        hashes = self._hashes[number][: decision.cached_tokens // self._config.block_size].tolist()
+        hashes = hashes[: source.held(hashes)]
+        missing = len(hashes) - worker.held(hashes)
+        if missing <= 0:
+            self._accept(number)
+            return
+        begins_at = max(self.now + 2 * self._network.delay_s, self._link_free_at[outcome.worker])
+        ends_at = self._link_free_at[outcome.worker] = begins_at + missing * self._fetch_block_s
+        outcome.fetched_tokens = missing * self._config.block_size
+        self._at(ends_at, partial(self._fetched, number, hashes))
+
+    def _fetched(self, number: int, hashes: list[int]) -> None:
+        self.workers[self.outcomes[number].worker].adopt(hashes, self.now)
+        self._accept(number)
 
     def _refuse(self, number: int) -> None:
         self.outcomes[number].refused = True
@@ -336,13 +368,19 @@ class Fleet:
         self._resync(view, number, view.offer(batch))
 
     def _resync(self, view: WorkerView, number: int, needed: Resync) -> None:
+        if needed is Resync.NONE:
+            return
         log, (_, from_seq) = self.workers[number].log, view.position()
         if needed is Resync.REPLAY and from_seq >= log.first_seq:
             missing = [entry.batch for entry in log.read(from_seq, MAX_REPLAYED)]
             self._at(self.now + 2 * self._network.event_delay_s, partial(_replay, view, missing))
-        elif needed is not Resync.NONE:
+        else:
             snapshot = log.snapshot()
             self._at(self.now + 2 * self._network.event_delay_s, partial(_restore, view, snapshot))
+
+
+def _number_of(worker_id: str) -> int:
+    return int(worker_id.removeprefix("worker-"))
 
 
 def _replay(view: WorkerView, missing: Sequence[EventBatch]) -> None:

@@ -114,6 +114,7 @@ def setting_of(
     *,
     routers: int,
     host_tier: bool,
+    peer_fetch: bool = False,
     seed: int,
     slo: Slo,
     objective: str = "ttft",
@@ -132,12 +133,16 @@ def setting_of(
     if host_tier and hardware.host_kv_tokens < trace.block_size:
         limit = f"at least the {trace.block_size} tokens of one of the trace's blocks; without: --no-host-tier"
         raise InvalidRequest(f"hardware {hardware.name}: host_kv_tokens", hardware.host_kv_tokens, limit)
+    if peer_fetch and not hardware.fetch_token_s:
+        limit = "above 0, to fetch KV blocks from other workers; without: --no-peer-fetch"
+        raise InvalidRequest(f"hardware {hardware.name}: fetch_token_s", hardware.fetch_token_s, limit)
     return Setting(
         trace,
         hardware,
         network,
         routers=routers,
         host_tier=host_tier,
+        peer_fetch=peer_fetch,
         seed=seed,
         slo=slo,
         objective=objective_of(objective, slo),

@@ -54,6 +54,7 @@ class Setting:
     network: Network
     routers: int = 1
     host_tier: bool = False
+    peer_fetch: bool = False
     seed: int = 0
     slo: Slo = Slo()
     objective: Objective | None = None  # of predicted-ttft; None: the least TTFT
@@ -64,15 +65,15 @@ class Setting:
 class Row:
     """A run in numbers. Times in seconds, over the requests that were answered; NaN where there is nothing to tell of.
 
-    ttft: from the request's arrival at the router to its first token there. ttft_short: of requests whose work is
-    short (`short_work`: by the trace alone, so the same ones for every policy). itl: from token to token, each
-    request's mean, over requests of two tokens or more. hit_ratio: share of the prompts' tokens that were cached when
-    their prefill began. prefill_saved: share that was not computed, what preemptions had computed again taken off (the
-    bound's gifts are saved). goodput: share of all requests, refused ones included, that kept the SLO. imbalance:
-    largest by mean of the workers' time in steps. prediction_error: |predicted - observed| TTFT, the prediction as of
-    the decision and what was held until then. held: share of requests that the router held back, and the mean time of
-    these. duration: virtual time until the last request ended. wall and requests_per_s: this machine's time, and
-    requests in a second of it; all else is the same whenever it is run.
+    ttft: from the request's arrival at the router to its first token there. ttft_short: of requests whose work is short
+    (`short_work`: by the trace alone, so the same ones for every policy). itl: from token to token, each request's
+    mean, over requests of two tokens or more. hit_ratio: share of the prompts' tokens that were cached when their
+    prefill began. prefill_saved: share that was not computed, what preemptions had computed again taken off (the
+    bound's gifts are saved). fetched_share: share that came from other workers. goodput: share of all requests, refused
+    ones included, that kept the SLO. imbalance: largest by mean of the workers' time in steps. prediction_error:
+    |predicted - observed| TTFT, the prediction as of the decision and what was held until then. held: share of requests
+    that the router held back, and the mean time of these. duration: virtual time until the last request ended. wall and
+    requests_per_s: this machine's time, and requests in a second of it; all else is the same whenever it is run.
     """
 
     policy: str
@@ -96,6 +97,7 @@ class Row:
     e2e_mean_s: float
     hit_ratio: float
     prefill_saved: float
+    fetched_share: float
     goodput: float
     imbalance: float
     preemptions: int
@@ -150,6 +152,7 @@ def row_of(fleet: Fleet, setting: Setting, case: Case, wall_s: float) -> Row:
         e2e_mean_s=_mean(_column(done, "finished_at") - _column(done, "arrived_at")),
         hit_ratio=_share(sum(worker.scheduler.cached_prompt_tokens for worker in fleet.workers), prompt_tokens),
         prefill_saved=1 - _share(computed, prompt_tokens),
+        fetched_share=_share(sum(outcome.fetched_tokens for outcome in done), sum(o.prompt_tokens for o in done)),
         goodput=_share(int(good.sum()), len(outcomes)),
         imbalance=_imbalance([_busy_s(fleet, number) for number in range(len(fleet.workers))]),
         preemptions=sum(worker.scheduler.preemptions for worker in fleet.workers),
@@ -193,6 +196,7 @@ def header_of(setting: Setting) -> dict[str, Any]:
         "network": asdict(setting.network),
         "routers": setting.routers,
         "host_tier": setting.host_tier,
+        "peer_fetch": setting.peer_fetch,
         "seed": setting.seed,
         "slo": asdict(setting.slo),
         "objective": asdict(setting.objective) if setting.objective else None,
@@ -207,6 +211,7 @@ SATURATION_FIELDS = (
     "network",
     "routers",
     "host_tier",
+    "peer_fetch",
     "seed",
     "objective",
     "prior_error",

@@ -48,6 +48,7 @@ def replay(setting: Setting, case: Case, tell: Tell | None = None) -> Run:
         network=setting.network,
         seed=setting.seed,
         host_tier=setting.host_tier,
+        peer_fetch=setting.peer_fetch,
         prior_error=setting.prior_error,
     )
     timeline = Timeline()

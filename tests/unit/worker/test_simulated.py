@@ -134,6 +134,18 @@ def test_leaps_change_nothing(data: st.DataObject, blocks: int, host: int, curve
         assert getattr(one.times, name) == pytest.approx(getattr(other.times, name), abs=1e-9), name
 
 
+@settings(max_examples=50, deadline=None)
+@given(data=st.data(), blocks=st.sampled_from([10, 14, 40]), host=st.sampled_from([0, 12]))
+def test_a_run_is_repeatable_to_the_bit(data: st.DataObject, blocks: int, host: int) -> None:
+    """The same requests at the same times: equal times, events and counters, compared without tolerance."""
+    arrivals = data.draw(schedules(min(blocks * BLOCK, 60)))
+    workers = [SimulatedWorker("w", config(blocks, host), CURVED, host_token_s=1e-5) for _ in range(2)]
+    one, other = (drive(worker, arrivals) for worker in workers)
+    assert one == other
+    assert workers[0].status() == workers[1].status()
+    assert workers[0].log.digest == workers[1].log.digest
+
+
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), blocks=st.sampled_from([10, 14, 40]), host=st.sampled_from([0, 12]))
 def test_every_request_ends_once_and_no_sooner_than_its_own_work_takes(
@@ -237,3 +249,35 @@ def test_the_log_starts_with_what_is_stored_first() -> None:
     worker = SimulatedWorker("w", config(), STEPS)
     assert isinstance(worker.log, EventLog)
     assert (worker.log.next_seq, worker.busy, worker.begin(0.0)) == (0, False, None)
+
+
+@given(held=st.integers(0, 6), depth=st.integers(0, 12), busy=st.integers(0, 9), host_blocks=st.sampled_from([0, 4]))
+@settings(max_examples=60, deadline=None)
+def test_blocks_of_another_worker_are_taken_in_as_far_as_there_is_room(
+    held: int, depth: int, busy: int, host_blocks: int
+) -> None:
+    """Leading ones first, idle, told in events; what runs here keeps its blocks, and what was held of them stays."""
+    worker = SimulatedWorker("w", config(10, host_blocks), STEPS)
+    prefix = tuple(range(1, 13))
+    if held:
+        worker.add("first", held * BLOCK, 1, prefix[:held])
+        now = worker.begin(0.0)
+        while now is not None:
+            worker.end(now)
+            now = worker.begin(now)
+    if busy:
+        worker.add("busy", busy * BLOCK - 1, 1, tuple(range(100, 100 + busy - 1)))
+        worker.begin(50.0)
+    in_use = worker.status().blocks_in_use
+    before = worker.held(prefix)
+    worker.adopt(prefix[:depth], 60.0)
+    assert worker.status().blocks_in_use == in_use
+    worker.scheduler.check()
+    room = 10 - max(in_use, busy)
+    if not host_blocks:
+        assert worker.held(prefix) == max(before, min(depth, room))
+    assert worker.held(prefix) >= min(before, room)
+    view = WorkerView("w", 0, make_tree())
+    for entry in worker.log.read(0, 1000):
+        view.offer(entry.batch)
+    assert view.digest == worker.log.digest

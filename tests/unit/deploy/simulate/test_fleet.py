@@ -112,11 +112,11 @@ def test_no_token_comes_before_its_work_is_done(chat: Trace, policy: str, host_t
 
 
 @pytest.mark.parametrize("network", [Network(), Network(event_delay_s=0.5), LOSSY], ids=["near", "late", "lossy"])
-@pytest.mark.parametrize("host_tier", [False, True])
-def test_views_tell_the_workers_caches(chat: Trace, network: Network, host_tier: bool) -> None:
+@pytest.mark.parametrize(("host_tier", "peer_fetch"), [(False, False), (True, False), (True, True)])
+def test_views_tell_the_workers_caches(chat: Trace, network: Network, host_tier: bool, peer_fetch: bool) -> None:
     """At the end every router's view is what the worker's log says, the last batches included, which no other follows;
     all of that with evictions."""
-    fleet = run(chat.head(140), SHORT_OF_MEMORY, network=network, routers=2, host_tier=host_tier)
+    fleet = run(chat.head(140), SHORT_OF_MEMORY, network=network, routers=2, host_tier=host_tier, peer_fetch=peer_fetch)
     settle(fleet, 5 * network.event_delay_s + 3 * network.report_interval_s)
     for worker in fleet.workers:
         assert worker.log.next_seq > 30
@@ -127,6 +127,21 @@ def test_views_tell_the_workers_caches(chat: Trace, network: Network, host_tier:
             assert view.digest == worker.log.digest
             assert (view.counts.gaps > 0) == (network.event_loss > 0)
             assert view.counts.mismatches == 0
+
+
+@pytest.mark.parametrize("policy", ["round-robin", "predicted-ttft"])
+def test_what_others_hold_is_fetched_instead_of_computed(chat: Trace, policy: str) -> None:
+    """Whatever the policy: it costs time on the link, no computing, and nobody fetches what nobody holds."""
+    without, with_it = run(chat, policy=policy), run(chat, policy=policy, peer_fetch=True)
+    assert_all_ended(with_it)
+    fetched = sum(outcome.fetched_tokens for outcome in with_it.outcomes)
+    assert fetched > 0
+    assert not any(outcome.fetched_tokens for outcome in without.outcomes)
+    cached = [sum(worker.scheduler.cached_prompt_tokens for worker in fleet.workers) for fleet in (without, with_it)]
+    assert cached[1] > cached[0]
+    for outcome in with_it.outcomes:
+        assert outcome.fetched_tokens <= outcome.cached_tokens < outcome.prompt_tokens
+    assert repr(run(chat, policy=policy, peer_fetch=True).outcomes) == repr(with_it.outcomes)
 
 
 @pytest.mark.parametrize("factor", [0.5, 2.0])
