@@ -179,9 +179,10 @@ async def calibrate(
     """Measure the worker at `address`, which nobody else may use meanwhile; takes a minute or so on a GPU.
 
     `max_running` goes into the hardware, for no worker tells it. The terms that a step's counters cannot show stay 0:
-    `context_square_s` (they add up contexts, not their squares), host tier and fetch (no request can ask for them). What
-    streaming costs besides, with 32 answers at once and more, is in no step's time and not in the fit either. Raises Conflict for a busy worker and PoorFit for one
-    whose times make no model; gRPC's errors as they are.
+    `context_square_s` (they add up contexts, not their squares), host tier and fetch (no request asks for them). What
+    streaming costs besides, with 32 answers at once and more, is in no step's time, and not in the fit either.
+
+    Raises Conflict for a busy worker and PoorFit for one whose times make no model; gRPC's errors as they are.
     """
     async with _probe(address) as probe:
         budget = await _token_budget(probe, min(effort.longest, probe.longest))
