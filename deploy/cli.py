@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import re
 import socket
 import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from deploy.doctor import CORE_SWITCH, WORKER_MODULES, announce_core, run_doctor
 from deploy.events.cli import events_app
@@ -25,10 +27,15 @@ app = typer.Typer(
     pretty_exceptions_enable=False,  # main() has one line for what a person can mend
 )
 model_app = typer.Typer(help="Checkpoints for trying things out.", no_args_is_help=True)
+config_app = typer.Typer(help="A fleet's file.", no_args_is_help=True)
 app.add_typer(model_app, name="model")
+app.add_typer(config_app, name="config")
 app.add_typer(events_app, name="events")
 app.add_typer(traces_app, name="trace")
 app.command(epilog=SIMULATE_EPILOG)(simulate)
+
+# What may follow --ray as its value: auto, host:port, ray://host:port.
+RAY_ADDRESS = re.compile(r"auto|(ray://)?[^\s:/-][^\s/]*:\d+")
 
 BAD_INPUT = ("INVALID_ARGUMENT", "FAILED_PRECONDITION")
 
@@ -55,6 +62,26 @@ Supervised = Annotated[bool, typer.Option("--supervised", hidden=True)]
 Insecure = Annotated[bool, typer.Option("--insecure", help="serve off-host in the clear")]
 
 
+FleetName = Annotated[str | None, typer.Option("--fleet", help="its name [default: the only one that runs]")]
+OnRay = Annotated[
+    str | None,
+    typer.Option("--ray", metavar="[ADDRESS]", help="a Ray cluster by its host:port, or the one of this machine"),
+]
+DrainSeconds = Annotated[float, typer.Option(help="seconds that answers under way get to end")]
+
+
+class RayCommand(TyperCommand):
+    """A command whose --ray may stand without a value: the cluster of this machine."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Give --ray the value that it lacks."""
+        words = list(args)
+        for at, word in enumerate(words):
+            if word == "--ray" and not RAY_ADDRESS.fullmatch("".join(words[at + 1 : at + 2])):
+                words[at] = "--ray=auto"
+        return super().parse_args(ctx, words)
+
+
 @app.callback()
 def _configure(
     log_level: Annotated[str, typer.Option(help="debug, info, warning or error")] = "info",
@@ -65,32 +92,48 @@ def _configure(
     logging.basicConfig(level=level, stream=sys.stderr, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
 
 
-@app.command()
+@app.command(cls=RayCommand)
 def up(
+    config: Annotated[
+        Path | None, typer.Option("--config", help="a fleet's file, instead of the options below: see config check")
+    ] = None,
+    ray: OnRay = None,
     model: Annotated[
         Path | None, typer.Option("--model", help="folder of a checkpoint [default: a tiny one, made now]")
     ] = None,
-    workers: Annotated[int, typer.Option(min=1, max=64, help="engine workers")] = 2,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="the router's port; 0 takes a free one")] = 7700,
+    workers: Annotated[int | None, typer.Option(min=1, max=64, help="engine workers [default: 2]")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="the router's port; 0 takes a free one [default: 7700]")
+    ] = None,
     kv_cache_mib: KvCacheMiB = None,
     simulated: Simulated = False,
     hardware: HardwareName = None,
     time_scale: TimeScale = None,
     events: Annotated[list[str], typer.Option("--events", help=EVENTS_HELP)] = [],  # noqa: B006
 ) -> None:
-    """Start a cluster on this machine: a router and its workers. Ctrl-C ends all of it."""
-    from deploy.local import run_cluster
-    from deploy.processes import until_signal
-    from deploy.served_model import chosen_hardware
+    """Start a fleet on this machine: routers and workers; Ctrl-C or rhizome down ends all of it. With --ray, on a Ray
+    cluster, where it stays until rhizome down --ray."""
+    from deploy.fleet.commands import fleet_of_options, run_up
+    from deploy.fleet.plan import plan_fleet
+    from deploy.fleet.reading import read_fleet
+    from rhizome.errors import InvalidRequest
 
-    # Refused here, not by each worker.
-    chosen_hardware(hardware, simulated=simulated, time_scale=time_scale, model=model, kv_cache_mib=kv_cache_mib)
-    given = {"kv-cache-mib": kv_cache_mib, "hardware": hardware, "time-scale": time_scale}
-    arguments = [f"--{name}={value}" for name, value in given.items() if value is not None]
-    arguments += ["--simulated"] if simulated else []
+    options: dict[str, Any] = {
+        "model": model,
+        "workers": workers,
+        "port": port,
+        "kv_cache_mib": kv_cache_mib,
+        "simulated": simulated,
+        "hardware": hardware,
+        "time_scale": time_scale,
+        "events": events,
+    }
+    for name, value in options.items():
+        if config is not None and value not in (None, False, []):
+            raise InvalidRequest(f"--{name.replace('_', '-')}", value, "not beside --config: say it in the file")
+    plan = plan_fleet(fleet_of_options(**options) if config is None else read_fleet(config))
     announce_core()
-    cluster = run_cluster(model, workers, port, worker_arguments=arguments, events=events, simulated=simulated)
-    asyncio.run(until_signal(cluster))
+    run_up(plan, ray)
 
 
 @app.command()
@@ -164,6 +207,9 @@ def worker(
         str | None, typer.Option("--id", help="unique in the fleet, kept over restarts [default: host and process id]")
     ] = None,
     routers: Annotated[list[str], typer.Option("--router", help="host:port of a router to join; may be repeated")] = [],  # noqa: B006
+    registry: Annotated[
+        str, typer.Option(help="redis://HOST:PORT/FLEET, by which every router that reads it finds this worker")
+    ] = "",
     host: str = "127.0.0.1",
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one")] = 0,
     role: Annotated[str, typer.Option(help="both, prefill or decode")] = "both",
@@ -203,6 +249,7 @@ def worker(
         model_dir=model,
         worker_id=f"{socket.gethostname()}-{os.getpid()}" if worker_id is None else worker_id,
         routers=tuple(routers),
+        registry=registry,
         host=host,
         port=port,
         role=role,
@@ -240,15 +287,57 @@ def chat(
     run_chat(router, system, max_tokens, temperature)
 
 
-@app.command()
+@app.command(cls=RayCommand)
 def status(
-    router: RouterAddress = "127.0.0.1:7700",
+    fleet: FleetName = None,
+    ray: OnRay = None,
+    router: Annotated[
+        str | None, typer.Option("--router", help="host:port of a router: only what it knows of its workers")
+    ] = None,
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
 ) -> None:
-    """Show a router's workers: load, cache hits, and predicted beside observed times to first token."""
-    from deploy.status import run_status
+    """Show a fleet's servers: where they run, leases, caches. With --router a router's workers: load, cache hits, and
+    predicted beside observed times to first token."""
+    if router is not None:
+        from deploy.status import run_status as run_router_status
 
-    run_status(router, as_json=json_output)
+        run_router_status(router, as_json=json_output)
+        return
+    from deploy.fleet.commands import run_status
+
+    run_status(fleet, ray, as_json=json_output)
+
+
+@app.command(cls=RayCommand)
+def scale(
+    group: Annotated[str, typer.Argument(help="a group of workers")],
+    count: Annotated[int, typer.Argument(min=0, help="workers to have in it")],
+    fleet: FleetName = None,
+    ray: OnRay = None,
+    drain: DrainSeconds = 30.0,
+) -> None:
+    """Change the number of a group's workers while the fleet serves; those that leave end their answers first."""
+    from deploy.fleet.commands import run_scale
+
+    typer.echo(run_scale(group, count, fleet, ray, drain_s=drain))
+
+
+@app.command(cls=RayCommand)
+def down(fleet: FleetName = None, ray: OnRay = None, drain: DrainSeconds = 30.0) -> None:
+    """End a fleet: no new requests, then, when those under way have ended, no more processes."""
+    from deploy.fleet.commands import run_down
+
+    run_down(fleet, ray, drain_s=drain)
+
+
+@config_app.command()
+def check(file: Annotated[Path, typer.Argument(help="a fleet's file")]) -> None:
+    """Check a fleet's file without starting anything: each error by line, field, value and limit."""
+    from deploy.fleet.commands import checked
+    from deploy.fleet.plan import plan_fleet
+    from deploy.fleet.reading import read_fleet
+
+    typer.echo(checked(plan_fleet(read_fleet(file)), file))
 
 
 @app.command()

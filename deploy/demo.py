@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 
 from deploy.conversations import SYSTEM_PROMPT, TurnTokens, most_cached_tokens, reading_time_s, user_message
+from deploy.fleet.config import FleetConfig, Model, Routers, WorkerGroup
+from deploy.fleet.plan import plan_fleet
 from deploy.local import LocalCluster
 from kv_events.bus.grpc import GrpcEventSource
 from rhizome import rpc
@@ -196,8 +198,11 @@ async def run_demo(*, workers: int, sessions: int, turns: int, json_output: bool
         model_dir = Path(folder) / "tiny"
         make_tiny_model(model_dir)
         tokenizer = PromptTokenizer(tokenizer_files(model_dir))
+        fleet = FleetConfig(
+            model=Model(path=model_dir), routers=Routers(port=0), workers=[WorkerGroup(name="worker", count=workers)]
+        )
         async with (
-            LocalCluster(model_dir, workers, on_event=lambda text: console.print(f"[dim]{text}[/dim]")) as cluster,
+            LocalCluster(plan_fleet(fleet), on_event=lambda text: console.print(f"[dim]{text}[/dim]")) as cluster,
             Client(cluster.address) as client,
         ):
             demo = Demo(client, tokenizer, sessions, turns, on_row=lambda row: _print_row(console, row))

@@ -1,4 +1,4 @@
-"""The embedded cluster: a router and its workers as processes on loopback, watched and restarted."""
+"""The embedded cluster: a fleet's routers and workers as processes on this machine, watched and restarted."""
 
 from __future__ import annotations
 
@@ -8,25 +8,29 @@ import logging
 import os
 import secrets
 import signal
+import socket
 import sys
 import tempfile
 import time
 from asyncio.subprocess import PIPE, Process
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from deploy.processes import WORKER_PLACE
+from deploy.fleet.control import READY_TIMEOUT_S, FleetControl, joined
+from deploy.fleet.plan import TINY, FleetPlan, RouterServer, WorkerServer
+from deploy.fleet.service import serving_control
 from kv_events.bus.url import parse_bus_url
-from rhizome.errors import InvalidRequest, Unavailable
+from rhizome.errors import Unavailable
 from rhizome.ticket import SECRET_VARIABLE
+from rhizome.v1 import launcher_pb2
 from rhizome.v1.router_pb2 import WorkerEntry
 from router.client import Client
 
 _log = logging.getLogger(__name__)
 
-READY_TIMEOUT_S = 120.0  # loading a checkpoint included
 STOP_TIMEOUT_S = 10.0
 FIRST_RESTART_DELAY_S = 0.2
 STABLE_S = 30.0  # a child that lived for so long is restarted at once again
@@ -37,21 +41,39 @@ LONGEST_RESTART_DELAY_S = 10.0
 class Child:
     """One process of the cluster, and how to start it again."""
 
-    name: str
+    server: RouterServer | WorkerServer
     arguments: list[str]
     process: Process | None = None
     address: str = ""
     restarts: int = 0
     ready: asyncio.Event = field(default_factory=asyncio.Event)
+    watch: asyncio.Task[None] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.server.name
 
     @property
     def pid(self) -> int:
         assert self.process is not None
         return self.process.pid
 
+    def status(self) -> launcher_pb2.ServerStatus:
+        """What the launcher knows of it."""
+        return launcher_pb2.ServerStatus(
+            name=self.name,
+            group=self.server.group_name,
+            role=self.server.role,
+            state=launcher_pb2.SERVER_STATE_SERVING if self.ready.is_set() else launcher_pb2.SERVER_STATE_STARTING,
+            host=socket.gethostname(),
+            pid=self.process.pid if self.process else 0,
+            address=self.address,
+            restarts=self.restarts,
+        )
+
 
 class LocalCluster:
-    """`async with LocalCluster(model) as cluster:` leaves nothing running, however it ends.
+    """`async with LocalCluster(plan) as cluster:` leaves nothing running, however it ends.
 
     Children hold the read end of a pipe whose write end is ours: when this process dies, even by SIGKILL, they see
     the end of the pipe and stop.
@@ -59,54 +81,58 @@ class LocalCluster:
 
     def __init__(
         self,
-        model_dir: Path | None,
-        workers: int = 2,
+        plan: FleetPlan,
         *,
-        port: int = 0,
+        model_dir: Path | None = None,
         worker_arguments: Sequence[str] = (),
         on_event: Callable[[str], None] = _log.info,
     ) -> None:
-        """Without `model_dir` the `worker_arguments` say what is served: simulated hardware.
+        """`model_dir` is where a tiny model was made; `worker_arguments` are added to those of the plan.
 
-        `port` is the router's (0: a free one). `on_event` is told, in words, of starts, deaths and restarts.
+        `on_event` is told, in words, of starts, deaths and restarts.
         """
+        self.plan = plan
         self._model_dir = model_dir
         self._worker_arguments = list(worker_arguments)
         self._on_event = on_event
         cores = os.cpu_count() or 1
-        threads = max(1, cores // workers)
+        self._threads = max(1, cores // max(1, len(plan.workers)))
         self._environment = os.environ | {
             SECRET_VARIABLE: os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32),
-            "OMP_NUM_THREADS": str(threads),
+            "OMP_NUM_THREADS": str(self._threads),
         }
-        self._threads = threads
-        self._tasks: list[asyncio.Task[None]] = []
-        self.router = Child("router", ["router", "--port", str(port)])
-        self.workers = [Child(f"worker-{index}", []) for index in range(workers)]
+        self._watching = False
+        self.routers = [Child(router, router.arguments()) for router in plan.routers]
+        self.workers = [Child(worker, []) for worker in plan.workers]
+
+    @property
+    def router(self) -> Child:
+        """The first router."""
+        return self.routers[0]
 
     @property
     def address(self) -> str:
-        """The router's host:port."""
+        """The first router's host:port."""
         return self.router.address
+
+    @property
+    def router_addresses(self) -> list[str]:
+        """Of all routers."""
+        return [router.address for router in self.routers]
 
     async def __aenter__(self) -> LocalCluster:
         try:
-            await self._start(self.router)
-            for worker in self.workers:
-                worker.arguments = [
-                    *("worker", "--id", worker.name),
-                    *(() if self._model_dir is None else ("--model", str(self._model_dir))),
-                    *("--router", self.address, "--threads", str(self._threads)),
-                    *self._worker_arguments,
-                ]
-            # A router that restarts keeps its port, so that workers and clients find it again.
-            self.router.arguments = ["router", "--port", self.address.rpartition(":")[2]]
-            await asyncio.gather(*(self._start(worker) for worker in self.workers))
-            await self._joined()
+            await asyncio.gather(*map(self._start, self.routers))
+            for router in self.routers:
+                # A router that restarts keeps its port, so that workers and clients find it again.
+                router.arguments.append(f"--port={router.address.rpartition(':')[2]}")
+            await self._start_workers(self.workers)
+            self._watching = True
+            for child in (*self.routers, *self.workers):
+                child.watch = asyncio.create_task(self._watch(child))
         except BaseException:
             await self.stop()
             raise
-        self._tasks = [asyncio.create_task(self._watch(child)) for child in (self.router, *self.workers)]
         return self
 
     async def __aexit__(
@@ -124,12 +150,45 @@ class LocalCluster:
 
     async def stop(self) -> None:
         """End every process: workers first, so that they can take their leave; by force after a grace."""
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        self._tasks = []
-        await asyncio.gather(*(_end(worker) for worker in self.workers))
-        await _end(self.router)
+        self._watching = False
+        await asyncio.gather(*(_unwatch(child) for child in (*self.workers, *self.routers)))
+        await asyncio.gather(*map(_end, self.workers))
+        await asyncio.gather(*map(_end, self.routers))
+
+    # What deploy.fleet.control asks of a launcher.
+
+    kind = "local"
+
+    def servers(self) -> list[launcher_pb2.ServerStatus]:
+        """Every process."""
+        return [child.status() for child in (*self.routers, *self.workers)]
+
+    async def add(self, workers: Sequence[WorkerServer]) -> None:
+        """Start workers of a plan. Raises Unavailable when one does not start; none of them is left then."""
+        children = [Child(worker, []) for worker in workers]
+        try:
+            await self._start_workers(children)
+        except BaseException:
+            await asyncio.gather(*map(_end, children))
+            raise
+        self.workers += children
+        for child in children:
+            child.watch = asyncio.create_task(self._watch(child))
+
+    async def remove(self, names: Sequence[str]) -> None:
+        """End workers, which are not started again."""
+        leaving = [child for child in self.workers if child.name in names]
+        await asyncio.gather(*map(_unwatch, leaving))
+        await asyncio.gather(*map(_end, leaving))
+        self.workers = [child for child in self.workers if child not in leaving]
+
+    async def _start_workers(self, children: Sequence[Child]) -> None:
+        for child in children:
+            assert isinstance(child.server, WorkerServer)
+            settings = child.server.settings(self.router_addresses, model_dir=self._model_dir, threads=self._threads)
+            child.arguments = [*child.server.arguments(settings), *self._worker_arguments]
+        await asyncio.gather(*map(self._start, children))
+        await self._until_joined(children)
 
     async def _start(self, child: Child) -> None:
         """Start a child and wait until it serves. Raises Unavailable when it ends before."""
@@ -154,23 +213,21 @@ class LocalCluster:
         child.ready.set()
         self._on_event(f"{child.name} serves on {child.address} (pid {child.pid})")
 
-    async def _joined(self) -> None:
-        """Wait until the router takes requests for every worker. Raises Unavailable when a process ends before."""
-        ends = {asyncio.create_task(_exit_code(child)): child for child in (self.router, *self.workers)}
-        async with Client(self.address) as client:
-            joined = asyncio.create_task(client.wait_ready(len(self.workers), timeout_s=READY_TIMEOUT_S))
-            try:
-                await asyncio.wait({joined, *ends}, return_when=asyncio.FIRST_COMPLETED)
-                for end, child in ends.items():
-                    if end.done():
-                        raise _not_started(child)
-                await joined
-            except TimeoutError as error:
-                raise Unavailable(str(error)) from error
-            finally:
-                for task in (joined, *ends):
-                    task.cancel()
-                await asyncio.gather(joined, *ends, return_exceptions=True)
+    async def _until_joined(self, workers: Sequence[Child]) -> None:
+        """Wait until every router takes requests for the workers. Raises Unavailable when a process ends before."""
+        ends = {asyncio.create_task(_exit_code(child)): child for child in (*self.routers, *workers)}
+        names = [child.name for child in workers]
+        joining = asyncio.create_task(joined(self.router_addresses, names, READY_TIMEOUT_S))
+        try:
+            await asyncio.wait({joining, *ends}, return_when=asyncio.FIRST_COMPLETED)
+            for end, child in ends.items():
+                if end.done() and not self._watching:
+                    raise _not_started(child)
+            await joining
+        finally:
+            for task in (joining, *ends):
+                task.cancel()
+            await asyncio.gather(joining, *ends, return_exceptions=True)
 
     async def _watch(self, child: Child) -> None:
         """Start a child again whenever it ends; one that keeps dying is tried ever more rarely."""
@@ -188,6 +245,12 @@ class LocalCluster:
                 await self._start(child)
             except (Unavailable, OSError, ValueError) as error:
                 self._on_event(f"{child.name}: {error}")
+
+
+async def _unwatch(child: Child) -> None:
+    if child.watch is not None:
+        child.watch.cancel()
+        await asyncio.gather(child.watch, return_exceptions=True)
 
 
 async def _exit_code(child: Child) -> int:
@@ -216,57 +279,45 @@ async def _end(child: Child) -> None:
         process.stdin.close()
 
 
-async def run_cluster(
-    model_dir: Path | None,
-    workers: int,
-    port: int,
-    *,
-    worker_arguments: Sequence[str],
-    events: Sequence[str] = (),
-    simulated: bool = False,
-) -> None:
-    """A cluster until it is cancelled. Without a checkpoint a tiny one is made for the time, unless it is `simulated`.
-
-    `events`: bus URLs at which every worker publishes. Raises InvalidRequest for one that they would share.
-    """
-    for url in events:
-        check_own(url, workers)
-    with tempfile.TemporaryDirectory(prefix="rhizome-") as folder:
-        if model_dir is None and not simulated:
+async def run_cluster(plan: FleetPlan) -> None:
+    """A fleet until it is cancelled, or ended by `rhizome down`. Raises InvalidRequest for a name that is taken."""
+    with ExitStack() as stack:
+        model_dir = None
+        if plan.config.model.tiny:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rhizome-"))
             # Making a checkpoint needs torch; a cluster of a given one does not.
             from worker.tiny_model import make_tiny_model
 
-            model_dir = Path(folder) / "tiny"
-            make_tiny_model(model_dir)
-        arguments = [*worker_arguments, *(f"--events={url}" for url in events)]
-        async with LocalCluster(model_dir, workers, port=port, worker_arguments=arguments, on_event=_say) as cluster:
-            if events:
-                async with Client(cluster.address) as client:
-                    for line in event_lines(await client.workers()):
-                        _say(line)
-            _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
-            try:
-                await asyncio.Event().wait()
-            finally:
-                _say("stopping")
+            model_dir = make_tiny_model(Path(folder) / TINY)
+        cluster = LocalCluster(plan, model_dir=model_dir, on_event=_say)
+        control = FleetControl(cluster, _say)
+        stopped = asyncio.Event()
+        named = "name" in plan.config.model_fields_set
+        serving = serving_control(control, plan.config.name, named=named, stopped=stopped.wait, on_event=_say)
+        async with serving as name:
+            async with cluster:
+                control.ready = True
+                await _announce(cluster, name)
+                try:
+                    await control.ended.wait()
+                finally:
+                    _say("stopping")
+            stopped.set()
+
+
+async def _announce(cluster: LocalCluster, name: str) -> None:
+    async with Client(cluster.address) as client:
+        for line in event_lines(await client.workers()):
+            _say(line)
+    if name != cluster.plan.config.name:
+        _say(f"fleet {name}, as {cluster.plan.config.name} runs here already: rhizome status --fleet {name}")
+    _say(f"ready: rhizome chat --router {cluster.address}   (Ctrl-C ends the cluster)")
 
 
 def event_lines(workers: Iterable[WorkerEntry]) -> list[str]:
     """Where each worker's events can be read, with the ports that were free and without passwords."""
     told = ((entry.worker_id, entry.events_url) for entry in workers if entry.events_url)
     return [f"{worker}: events at {parse_bus_url(url)}" for worker, url in sorted(told)]
-
-
-def check_own(url: str, workers: int) -> None:
-    """Raise InvalidRequest unless each of so many workers on one host would have a port or a stream of its own."""
-    bus = parse_bus_url(url)
-    if workers == 1:
-        return
-    if bus.scheme in ("grpc", "zmq") and (bus.port or bus.replay_port):
-        raise InvalidRequest("events_url", str(bus), f"port 0, as {workers} workers need one each")
-    if bus.scheme.startswith("redis") and WORKER_PLACE not in bus.name:
-        limit = f"a stream with {WORKER_PLACE} in its name, as {workers} workers need one each"
-        raise InvalidRequest("events_url", str(bus), limit)
 
 
 def _say(text: str) -> None:

@@ -163,6 +163,12 @@ class FleetConfig(_Part):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two groups of workers are called {name}: give each a name")
+            if name == "router":
+                raise ValueError("no group of workers may be called router: the routers are router-0, router-1, ...")
+        if self.model.simulated is None and "time_scale" in self.model.model_fields_set and self.model.time_scale != 1:
+            raise ValueError("model.time_scale is only for simulated hardware")
+        if self.model.simulated is not None and any(group.kv_cache_mib is not None for group in self.workers):
+            raise ValueError("kv_cache_mib is not for simulated workers: the hardware says how much KV it holds")
         if self.host in WILDCARDS:
             raise ValueError(f"host {self.host} is a wildcard: give the address by which others reach this machine")
         try:

@@ -10,7 +10,7 @@ import yaml
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
-from deploy.fleet.config import FleetConfig, Refused
+from deploy.fleet.config import FleetConfig, Model, Refused
 from rhizome.errors import InvalidRequest, RhizomeError
 
 MAX_FILE_BYTES = 2**20
@@ -26,7 +26,10 @@ class BadConfig(RhizomeError):
 
 
 def read_fleet(path: Path) -> FleetConfig:
-    """The fleet of a file. Raises BadConfig, and InvalidRequest for a file that cannot be read."""
+    """The fleet of a file; paths in it start where the file lies.
+
+    Raises BadConfig, and InvalidRequest for a file that cannot be read.
+    """
     try:
         with path.open("rb") as file:
             data = file.read(MAX_FILE_BYTES + 1)
@@ -34,7 +37,16 @@ def read_fleet(path: Path) -> FleetConfig:
         raise InvalidRequest("config", str(path), f"a file that can be read: {error.strerror}") from None
     if len(data) > MAX_FILE_BYTES:
         raise InvalidRequest("config", str(path), f"at most {MAX_FILE_BYTES} bytes")
-    return parse_fleet(data.decode("utf-8", "replace"), str(path))
+    fleet = parse_fleet(data.decode("utf-8", "replace"), str(path))
+    return fleet.model_copy(update={"model": _placed(fleet.model, path.absolute().parent)})
+
+
+def _placed(model: Model, folder: Path) -> Model:
+    if model.path is not None:
+        return model.model_copy(update={"path": folder / model.path.expanduser()})
+    if model.simulated and model.simulated.endswith(".toml"):
+        return model.model_copy(update={"simulated": str(folder / model.simulated)})
+    return model
 
 
 def parse_fleet(text: str, where: str) -> FleetConfig:

@@ -13,6 +13,8 @@ from pathlib import Path
 import grpc
 import pytest
 
+from deploy.fleet.config import FleetConfig, Model, Routers, WorkerGroup
+from deploy.fleet.plan import FleetPlan, plan_fleet
 from deploy.local import LocalCluster
 from rhizome.errors import Unavailable
 from rhizome.v1 import router_pb2
@@ -41,9 +43,16 @@ def idle(workers: list[router_pb2.WorkerEntry]) -> bool:
     )
 
 
+def fleet(model: Path, workers: int) -> FleetPlan:
+    """One router on a free port, and so many workers."""
+    group = WorkerGroup(name="worker", count=workers)
+    return plan_fleet(FleetConfig(model=Model(path=model), routers=Routers(port=0), workers=[group]))
+
+
 def in_cluster(model: Path, test: Callable[[LocalCluster, Client], Awaitable[None]], workers: int = 2) -> None:
     async def main() -> None:
-        async with LocalCluster(model, workers, worker_arguments=SMALL) as cluster, Client(cluster.address) as client:
+        cluster = LocalCluster(fleet(model, workers), worker_arguments=SMALL)
+        async with cluster, Client(cluster.address) as client:
             await client.wait_ready(workers=workers)
             await test(cluster, client)
             await until(client, idle)
@@ -121,7 +130,7 @@ def test_a_cluster_that_cannot_start_says_why_and_leaves_nothing(tmp_path: Path)
     children: list[int] = []
 
     async def main() -> None:
-        cluster = LocalCluster(tmp_path, 1)
+        cluster = LocalCluster(fleet(tmp_path, 1))
         try:
             async with cluster:
                 pass
@@ -159,7 +168,7 @@ def test_children_end_when_their_parent_is_killed(tiny_model: Path) -> None:
 
 def test_ctrl_c_ends_a_cluster_that_is_still_starting(tiny_model: Path) -> None:
     """Not only once it is ready: the workers are still loading."""
-    with Launcher(tiny_model, until="router serves") as launcher:
+    with Launcher(tiny_model, until="router-0 serves") as launcher:
         launcher.process.send_signal(signal.SIGINT)
         assert launcher.process.stderr is not None
         assert "ready:" not in launcher.process.stderr.read()

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from deploy.local import check_own
+from deploy.fleet.plan import check_own
 from deploy.processes import WorkerSettings, serve_until_stopped
 from rhizome.errors import InvalidRequest
 from rhizome.ticket import SECRET_VARIABLE

@@ -1,0 +1,131 @@
+"""A fleet's servers: what each process is told, and how their number changes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+
+from deploy import cli
+from deploy.fleet.commands import fleet_of_options
+from deploy.fleet.plan import plan_fleet
+from deploy.fleet.reading import parse_fleet, read_fleet
+from deploy.processes import WorkerSettings
+from rhizome.errors import InvalidRequest
+
+TEXT = """
+name: demo
+model: {simulated: 8b-1xh100, time_scale: 10, name: eight}
+routers: {count: 2, port: 7800, policy: round-robin}
+workers:
+  - {name: first, role: prefill, count: 2, max_running: 8, resources: {cpus: 2, custom: {big: 1}}}
+  - {name: then, role: decode, block_size: 32, events: ["zmq://127.0.0.1:0"], event_token_ids: true, threads: 3}
+"""
+NO_OPTIONS = {
+    "model": None, "workers": None, "port": None, "kv_cache_mib": None, "simulated": False, "hardware": None,
+    "time_scale": None, "events": [],
+}  # fmt: skip
+
+
+def worker_settings(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> WorkerSettings:
+    """What `rhizome` makes of a worker's arguments."""
+    made: list[WorkerSettings] = []
+    monkeypatch.setattr("deploy.processes.running_worker", made.append)
+    monkeypatch.setattr("deploy.processes.serve_until_stopped", lambda serving, supervised: None)
+    monkeypatch.setattr("asyncio.run", lambda work: None)
+    typer.main.get_command(cli.app).main(arguments, standalone_mode=False)
+    return made[0]
+
+
+def test_servers_are_named_by_their_group_and_place() -> None:
+    """Routers have ports in a row; a worker's resources are its group's."""
+    plan = plan_fleet(parse_fleet(TEXT, "fleet.yaml"))
+    assert [(router.name, router.port) for router in plan.routers] == [("router-0", 7800), ("router-1", 7801)]
+    assert [(worker.name, worker.role) for worker in plan.workers] == [
+        ("first-0", "prefill"),
+        ("first-1", "prefill"),
+        ("then-0", "decode"),
+    ]
+    assert plan.workers[0].resources.custom == {"big": 1}
+    assert plan.routers[1].arguments() == ["router", "--host=127.0.0.1", "--port=7801", "--policy=round-robin"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        TEXT + "registry: redis://127.0.0.1:6379/demo\n",
+        "model: {path: /models/m}\nhost: 10.0.0.1\ninsecure: true\nworkers: [{kv_cache_mib: 7, max_model_len: 99}]",
+        "model: {tiny: true}\nworkers: [{max_batched_tokens: 64, max_waiting: 9}]",
+    ],
+)
+def test_a_process_gets_the_settings_that_an_actor_gets(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A worker's arguments come to the very settings, so that both launchers run the same."""
+    for worker in plan_fleet(parse_fleet(text, "fleet.yaml")).workers:
+        settings = worker.settings(["127.0.0.1:1", "127.0.0.1:2"], model_dir=Path("/tmp/tiny"), threads=5)
+        assert worker_settings(worker.arguments(settings), monkeypatch) == settings
+        assert bool(settings.registry) != bool(settings.routers), "one way to be found"
+
+
+def test_a_group_is_scaled_within_its_limits() -> None:
+    """Names of those that stay do not change; what makes no fleet is refused."""
+    plan = plan_fleet(parse_fleet(TEXT, "fleet.yaml"))
+    assert [worker.name for worker in plan.scaled("then", 2).workers][2:] == ["then-0", "then-1"]
+    assert [worker.name for worker in plan.scaled("first", 1).workers] == ["first-0", "then-0"]
+    for group, count, says in [
+        ("routers", 3, "routers keep their number"),
+        ("last", 1, "one of first, then"),
+        ("first", 513, "0 to 512"),
+        ("then", 0, "prefill workers need decode workers"),
+    ]:
+        with pytest.raises(InvalidRequest, match=says):
+            plan.scaled(group, count)
+
+
+def test_workers_that_would_share_a_port_are_refused() -> None:
+    """In a file, and when a group grows."""
+    text = "model: {tiny: true}\nworkers: [{events: ['zmq://127.0.0.1:5557']}]"
+    plan = plan_fleet(parse_fleet(text, "fleet.yaml"))
+    with pytest.raises(InvalidRequest, match="as 2 workers need one each"):
+        plan.scaled("both", 2)
+
+
+def test_paths_start_where_the_file_lies(tmp_path: Path) -> None:
+    """As in a compose file: the command works from any folder."""
+    file = tmp_path / "fleet.yaml"
+    file.write_text("model: {path: models/m}\nworkers: [{}]\n")
+    assert read_fleet(file).model.path == tmp_path / "models/m"
+    file.write_text("model: {simulated: mine.toml}\nworkers: [{}]\n")
+    with pytest.raises(InvalidRequest, match=rf"{tmp_path}/mine\.toml"):
+        plan_fleet(read_fleet(file))
+
+
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        ("workers: [{name: router}]", "no group of workers may be called router"),
+        ("workers: [{kv_cache_mib: 3}]", "not for simulated workers"),
+    ],
+)
+def test_what_no_process_would_take_is_refused_in_the_file(line: str, says: str) -> None:
+    """Before anything is started."""
+    with pytest.raises(Exception, match=says):
+        parse_fleet(f"model: {{simulated: 8b-1xh100}}\n{line}", "fleet.yaml")
+
+
+def test_options_come_to_a_fleet() -> None:
+    """`rhizome up` without a file: one router, and worker-0, worker-1; a bad value is named as an option's."""
+    plan = plan_fleet(fleet_of_options(**NO_OPTIONS))  # type: ignore[arg-type]
+    assert [router.port for router in plan.routers] == [7700]
+    assert [worker.name for worker in plan.workers] == ["worker-0", "worker-1"]
+    assert plan.config.model.tiny
+    simulated = fleet_of_options(**NO_OPTIONS | {"simulated": True, "workers": 3, "time_scale": 4.0})  # type: ignore[arg-type]
+    assert (simulated.model.simulated, simulated.model.time_scale) == ("8b-1xh100", 4.0)
+    for options, says in [
+        ({"kv_cache_mib": 0}, "kv_cache_mib is 0: "),
+        ({"time_scale": 2.0}, "only with --simulated"),
+        ({"events": ["kafka://x"]}, "events_url is 'kafka://x'"),
+    ]:
+        with pytest.raises(InvalidRequest, match=says):
+            fleet_of_options(**NO_OPTIONS | options)  # type: ignore[arg-type]
