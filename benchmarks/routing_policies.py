@@ -64,10 +64,10 @@ def speed_rows(plan: Plan, trace: Trace) -> list[Row]:
 
 
 def policy_rows(plan: Plan, trace: Trace, speeds: dict[int, float]) -> list[Row]:
-    """All policies at all loads, ours with a host tier, and ours disturbed."""
+    """All policies at all loads, ours with a host tier and blocks fetched from peers, and ours disturbed."""
     setting = setting_of(trace)
     plain = _ran(plan, setting, POLICIES, speeds, plan.loads)
-    host = _ran(plan, replace(setting, host_tier=True), (OURS,), speeds, _at(plan, MOST_LOAD))
+    host = _ran(plan, replace(setting, host_tier=True, peer_fetch=True), (OURS,), speeds, _at(plan, MOST_LOAD))
     disturbed = _ran(plan, replace(setting, network=DISTURBED), (OURS,), speeds, plan.loads)
     rows: list[Row | None] = []
     for workers in plan.workers:
@@ -125,7 +125,7 @@ def _rows_at(trace: str, workers: int, load: float, plain: Ran, host: Ran, distu
         bound = of(plain, BOUND)
         rows += [
             against("gap to bound", bound, GAP),
-            against("gap to bound host tier", bound, GAP_HOST_TIER, ours=of(host, OURS)),
+            against("gap to bound host tier, peer fetch", bound, GAP_HOST_TIER, ours=of(host, OURS)),
         ]
     for name, field in (("mean", MEAN), ("p99", P99)):
         rows.append(against(f"{name} TTFT vs best other", _best(plain, workers, load, field), BESIDE_BEST, field))

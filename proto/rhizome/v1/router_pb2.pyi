@@ -99,9 +99,11 @@ class Candidate(_message.Message):
     PREDICTED_TTFT_S_FIELD_NUMBER: _builtins.int
     MEMORY_S_FIELD_NUMBER: _builtins.int
     SCORE_FIELD_NUMBER: _builtins.int
+    FETCHED_TOKENS_FIELD_NUMBER: _builtins.int
+    FETCH_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     cached_tokens: _builtins.int
-    """of the prompt, by the router's tree"""
+    """of the prompt, by the router's tree, fetched_tokens included"""
     prefill_tokens: _builtins.int
     """of the prompt, to be computed"""
     queued_prefill_tokens: _builtins.int
@@ -113,11 +115,15 @@ class Candidate(_message.Message):
     prefill_s: _builtins.float
     decode_s: _builtins.float
     predicted_ttft_s: _builtins.float
-    """the larger of queue_s and memory_s, and the two others"""
+    """the largest of queue_s, memory_s and fetch_s, and the two others"""
     memory_s: _builtins.float
     """until there is room for the prompt's blocks"""
     score: _builtins.float
     """by the policy: the least wins; infinite where there is no room"""
+    fetched_tokens: _builtins.int
+    """of the prompt: another worker holds them, and to fetch them is quicker"""
+    fetch_s: _builtins.float
+    """to fetch them"""
     def __init__(
         self,
         *,
@@ -133,10 +139,12 @@ class Candidate(_message.Message):
         predicted_ttft_s: _builtins.float = ...,
         memory_s: _builtins.float = ...,
         score: _builtins.float = ...,
+        fetched_tokens: _builtins.int = ...,
+        fetch_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_s", b"decode_s", "free_blocks", b"free_blocks", "memory_s", b"memory_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill_s", b"prefill_s", "prefill_tokens", b"prefill_tokens", "queue_s", b"queue_s", "queued_prefill_tokens", b"queued_prefill_tokens", "running", b"running", "score", b"score", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["cached_tokens", b"cached_tokens", "decode_s", b"decode_s", "fetch_s", b"fetch_s", "fetched_tokens", b"fetched_tokens", "free_blocks", b"free_blocks", "memory_s", b"memory_s", "predicted_ttft_s", b"predicted_ttft_s", "prefill_s", b"prefill_s", "prefill_tokens", b"prefill_tokens", "queue_s", b"queue_s", "queued_prefill_tokens", b"queued_prefill_tokens", "running", b"running", "score", b"score", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
