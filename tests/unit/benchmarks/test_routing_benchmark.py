@@ -66,7 +66,7 @@ def test_every_part_of_the_benchmark_gives_its_rows(
         "chat N2 load 1 mean TTFT vs dynamo-p16",
         "chat N2 load 1 short p99 vs dynamo",
         "chat N2 load 0.8 gap to bound",
-        "chat N2 load 0.8 gap to bound host tier",
+        "chat N2 load 0.8 gap to bound host tier, peer fetch",
         "chat N2 load 0.8 mean TTFT vs best other",
         "chat N2 load 1 p99 TTFT vs best other",
         "chat N2 load 1 disturbed",
