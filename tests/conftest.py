@@ -1,10 +1,14 @@
-"""Shared fixtures: one tiny checkpoint for all tests that serve a model."""
+"""Shared by all tests: one tiny checkpoint, and hypothesis without a stopwatch."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("untimed", deadline=None)  # an example may take as long as a busy machine needs
+settings.load_profile("untimed")
 
 
 @pytest.fixture(scope="session")
