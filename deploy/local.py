@@ -159,7 +159,7 @@ class LocalCluster:
 
     kind = "local"
 
-    def servers(self) -> list[launcher_pb2.ServerStatus]:
+    async def servers(self) -> list[launcher_pb2.ServerStatus]:
         """Every process."""
         return [child.status() for child in (*self.routers, *self.workers)]
 

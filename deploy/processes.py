@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import quote
 
 from deploy.doctor import announce_core
+from deploy.router_list import RouterList
 from deploy.served_model import check_time_scale
 from kv_events.bus.redis_registry import events_at, parse_registry_url
 from kv_events.bus.url import BusUrl, parse_bus_url, publishing
@@ -145,8 +146,10 @@ class WorkerSettings:
 
 
 @asynccontextmanager
-async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
+async def running_worker(settings: WorkerSettings, routers: RouterList | None = None) -> AsyncIterator[str]:
     """Load the model, serve it, and join the routers' fleets; yields the worker's address.
+
+    `routers` are those of the settings, unless given as a list that changes.
 
     Raises InvalidRequest or CheckpointError for what cannot be served; later Refused when a router will not have this
     worker, and Unavailable when its engine has failed for good.
@@ -169,9 +172,8 @@ async def running_worker(settings: WorkerSettings) -> AsyncIterator[str]:
         ):
             events_url = settings.read_by_routers(urls)
             request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role], events_url)
-            members: list[Coroutine[Any, Any, None]] = [
-                FleetMember(router, request, identity, thread).run() for router in settings.routers
-            ]
+            listed = routers or RouterList(settings.routers)
+            members = [listed.follow(lambda router: FleetMember(router, request, identity, thread).run())]
             if settings.registry:
                 members.append(RegistryMember(parse_registry_url(settings.registry), request, identity, thread).run())
             async with _beside(_end_with(thread), *members):

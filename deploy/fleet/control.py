@@ -34,7 +34,7 @@ class Launcher(Protocol):
     def router_addresses(self) -> list[str]:
         """Of all routers."""
 
-    def servers(self) -> list[launcher_pb2.ServerStatus]:
+    async def servers(self) -> list[launcher_pb2.ServerStatus]:
         """Every router and worker."""
 
     async def add(self, workers: Sequence[WorkerServer]) -> None:
@@ -57,11 +57,11 @@ class FleetControl:
         self.ended = asyncio.Event()
         """Set when the fleet is to end: its workers are drained."""
 
-    def status(self) -> launcher_pb2.FleetStatus:
+    async def status(self) -> launcher_pb2.FleetStatus:
         """Every server, as the launcher knows it."""
         launcher = self._launcher
         return launcher_pb2.FleetStatus(
-            name=launcher.plan.config.name, launcher=launcher.kind, servers=launcher.servers()
+            name=launcher.plan.config.name, launcher=launcher.kind, servers=await launcher.servers()
         )
 
     async def scale(self, group: str, count: int, drain_s: float) -> launcher_pb2.FleetStatus:
@@ -72,7 +72,7 @@ class FleetControl:
         _check_drain(drain_s)
         self._launcher.plan.scaled(group, count)  # refused at once, not after a change that is under way
         await self._finished(self._scale(group, count, drain_s))
-        return self.status()
+        return await self.status()
 
     async def shutdown(self, drain_s: float) -> None:
         """Drain all workers and set `ended`. Raises InvalidRequest, Conflict."""

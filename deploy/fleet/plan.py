@@ -77,8 +77,8 @@ class WorkerServer:
     def settings(
         self, routers: Sequence[str], *, host: str = "", model_dir: Path | None = None, threads: int | None = None
     ) -> WorkerSettings:
-        """Its settings, where all routers are at `routers`. `host` and `threads` hold unless the fleet says otherwise;
-        `model_dir` is where a tiny model was made."""
+        """Its settings, where all routers are at `routers`: `host` in place of the fleet's, `threads` unless the group
+        says otherwise; `model_dir` is where a tiny model was made."""
         group, fleet = self.group, self.fleet
         return WorkerSettings(
             model_dir=model_dir if self.model.tiny else self.model.path,
@@ -97,6 +97,7 @@ class WorkerServer:
             events=tuple(group.events),
             event_token_ids=group.event_token_ids,
             threads=group.threads or threads,
+            advertise=host or None,
             insecure=fleet.insecure,
             hardware=self.hardware,
             time_scale=self.model.time_scale,

@@ -50,7 +50,7 @@ class LauncherService:
 
     async def get_fleet(self, request: launcher_pb2.GetFleetRequest, context: rpc.Context) -> launcher_pb2.FleetStatus:
         """Every server."""
-        return self._control.status()
+        return await self._control.status()
 
     async def scale(self, request: launcher_pb2.ScaleRequest, context: rpc.Context) -> launcher_pb2.FleetStatus:
         """Change a group's size. Raises InvalidRequest, Conflict, Unavailable."""

@@ -9,7 +9,7 @@ from importlib import metadata
 
 PACKAGES = {"deploy", "kv_events", "radix", "rhizome", "router", "worker"}
 SUFFIXES = {".py", ".pyi", ".typed", ".pyc"}  # and the extension; no C++, no .proto
-WORKER_EXTRA = {"torch", "safetensors"}  # not there in an environment without the extra "worker"
+EXTRAS = {"torch", "safetensors", "ray"}  # not there in an environment without the extras "worker" and "ray"
 
 
 def main(backend: str) -> None:
@@ -35,7 +35,7 @@ def main(backend: str) -> None:
             importlib.import_module(name)
         except ModuleNotFoundError as error:
             missing.add(error.name)
-    assert missing <= WORKER_EXTRA, missing
+    assert missing <= EXTRAS, missing
     print(f"{len(names)} modules import, radix is {backend}; not there: {', '.join(map(str, missing)) or 'nothing'}")
 
 
