@@ -141,7 +141,8 @@ class Avx2 {
         __m256i lanes[2] = {lanes_[0], lanes_[1]};
         const uint8_t *secret = SECRET + 8 * in_round_;
         for (size_t i = 0; i < count; i++) {
-            _mm_prefetch(reinterpret_cast<const char *>(from + AHEAD_BYTES), _MM_HINT_NTA);
+            // What is copied is not read again soon; what is only digested is about to be sent, or was just received.
+            _mm_prefetch(reinterpret_cast<const char *>(from + AHEAD_BYTES), COPY ? _MM_HINT_NTA : _MM_HINT_T0);
             accumulate<COPY>(lanes, from, secret, to);
             from += STRIPE;
             secret += 8;

@@ -27,7 +27,7 @@ class PooledHolder:
         blocks = [self.pool.allocate() for _ in keys]
         for key, block in zip(keys, blocks, strict=True):
             data = memoryview(content(key, self.memory.layout))
-            for view in self.memory.views(block):
+            for view in self.memory.views([block]):
                 view[:], data = data[: len(view)], data[len(view) :]
             self._by_key[key] = block
             self.pool.set_cached(block, True)
@@ -78,7 +78,7 @@ def content(key: bytes, layout: BlockLayout) -> bytes:
 
 def held(memory: BlockMemory, slot: int) -> bytes:
     """A block's bytes."""
-    return b"".join(bytes(view) for view in memory.views(slot))
+    return b"".join(bytes(view) for view in memory.views([slot]))
 
 
 def private_memory(num_blocks: int, layout: BlockLayout = LAYOUT) -> BlockMemory:

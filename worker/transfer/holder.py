@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
+from threading import Lock, Thread
 from typing import TypeAlias
 
 import numpy as np
@@ -71,7 +72,10 @@ class Holder:
         self._cache = cache
         self._digests = digests
         self._clock, self._wall_clock = clock, wall_clock
-        self._counting = Lock()
+        self._lock = Lock()  # around counts and the sealing's state
+        self._to_seal: deque[Lease] = deque()  # as many as there may be leases
+        self._sealing = False
+        self._seal_step = batch_blocks_of(memory.layout, How.IN_STREAM)
         self.leases = Leases(max(1, memory.num_blocks // 2) if max_leased_blocks is None else max_leased_blocks, clock)
 
     def lease(self, keys: Sequence[bytes], ttl_s: float = MAX_LEASE_S) -> bytes:
@@ -81,6 +85,7 @@ class Holder:
         """
         lease_id, expires_unix_ms = os.urandom(LEASE_ID_BYTES), int((self._wall_clock() + ttl_s) * 1000)
         lease = self._grant(lease_id, keys, ttl_s)
+        self._seal_soon(lease)
         held = b"".join(keys[: len(lease.blocks)])
         ticket = TransferTicket(self.worker_id, self.epoch, expires_unix_ms, held, self.offers, lease_id)
         return sign(self.secret, ticket)
@@ -94,7 +99,7 @@ class Holder:
             request = decode_pull(payload)
             lease = self._open(request)
         except RhizomeError as error:
-            with self._counting:
+            with self._lock:
                 self.counts.refused += 1
             yield [encode_refused(str(error))]
             return
@@ -103,19 +108,27 @@ class Holder:
         grant = Grant(
             lease.lease_id,
             count,
-            batch_blocks_of(self.memory.layout),
+            batch_blocks_of(self.memory.layout, request.how),
             np.array(lease.blocks[span], dtype=np.uint32),
             np.array(lease.generations[span], dtype=np.uint32),
         )
         pieces: Pieces = [encode_grant(grant)]
-        for batch in grant.batches():
-            told, alive = self._batch(
-                lease, range(request.first + batch.start, request.first + batch.stop), request.how
-            )
-            yield pieces + told
+        if request.how is How.FROM_MEMORY and count > grant.batch_blocks:
+            yield pieces  # the puller copies while we take the first digests
             pieces = []
-            if not alive:
+        for batch in grant.batches():
+            positions = range(request.first + batch.start, request.first + batch.stop)
+            digests = self._digests_of(lease, positions)
+            if not self.leases.holds(lease):
+                yield [*pieces, batch_head(Status.EXPIRED, digests)]
                 raise Refused(LEASE_ENDED)
+            with self._lock:
+                self.counts.blocks_told += len(positions)
+            pieces.append(batch_head(Status.OK, digests))
+            if request.how is How.IN_STREAM:
+                pieces += self.memory.views(lease.blocks[positions.start : positions.stop])
+            yield pieces
+            pieces = []
         if pieces:
             yield pieces
 
@@ -124,7 +137,7 @@ class Holder:
         lease = self.leases.remove(lease_id)
         if lease is not None:
             self._cache.unpin(lease.blocks)
-            with self._counting:
+            with self._lock:
                 self.counts.released += 1
 
     def expire(self) -> int:
@@ -140,7 +153,7 @@ class Holder:
             # First the generations, then the blocks: who reads the memory sees by them that its lease ended.
             self.memory.generations[lease.blocks] += 1
             self._cache.unpin(lease.blocks)
-        with self._counting:
+        with self._lock:
             self.counts.expired += len(leases)
         return len(leases)
 
@@ -173,29 +186,36 @@ class Holder:
             if entered is None:
                 raise Overloaded(f"{self.leases.blocks} blocks are leased: at most {self.leases.max_blocks}")
             return entered
-        with self._counting:
+        with self._lock:
             self.counts.leases += 1
         return lease
 
-    def _batch(self, lease: Lease, positions: range, how: How) -> tuple[Pieces, bool]:
-        """A batch, and whether the lease went on until its digests were taken."""
-        blocks = [lease.blocks[position] for position in positions]
-        digests = self._digests_of(lease, positions, blocks)
-        if not self.leases.holds(lease):
-            return [batch_head(Status.EXPIRED, digests)], False
-        with self._counting:
-            self.counts.blocks_told += len(positions)
-        pieces: Pieces = [batch_head(Status.OK, digests)]
-        if how is How.IN_STREAM:
-            for block in blocks:
-                pieces += self.memory.views(block)
-        return pieces, True
-
-    def _digests_of(self, lease: Lease, positions: range, blocks: Sequence[int]) -> list[int]:
+    def _digests_of(self, lease: Lease, positions: range) -> list[int]:
         if not self._digests:
             return [0] * len(positions)
-        known = [lease.digests[position] for position in positions if position in lease.digests]
-        if len(known) < len(positions):
-            known = self.memory.digests(blocks)
-            lease.digests.update(zip(positions, known, strict=True))
-        return known
+        if positions.stop <= len(lease.digests):
+            return lease.digests[positions.start : positions.stop]
+        return self.memory.digests(lease.blocks[positions.start : positions.stop])
+
+    def _seal_soon(self, lease: Lease) -> None:
+        """Take the digests of what was leased here while its ticket is on the way, if there is some work in it."""
+        if not self._digests or len(lease.blocks) <= self._seal_step:
+            return
+        with self._lock:
+            self._to_seal.append(lease)
+            idle, self._sealing = not self._sealing, True
+        if idle:
+            Thread(target=self._seal, name="rhizome-seal", daemon=True).start()
+
+    def _seal(self) -> None:
+        while True:
+            with self._lock:
+                if not self._to_seal:
+                    self._sealing = False
+                    return
+                lease = self._to_seal.popleft()
+            for start in range(0, len(lease.blocks), self._seal_step):
+                digests = self.memory.digests(lease.blocks[start : start + self._seal_step])
+                if not self.leases.holds(lease):
+                    break
+                lease.digests.extend(digests)

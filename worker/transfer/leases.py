@@ -26,13 +26,13 @@ class BlockHolder(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Lease:
-    """Blocks pinned for one ticket. `digests` holds those taken so far, by position."""
+    """Blocks pinned for one ticket. `digests`: of the first of them, taken ahead and while all were pinned."""
 
     lease_id: bytes
     blocks: list[int]
     generations: list[int]
     ends_at: float
-    digests: dict[int, int] = field(default_factory=dict)
+    digests: list[int] = field(default_factory=list)
 
 
 class Leases:

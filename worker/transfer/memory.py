@@ -62,6 +62,7 @@ class BlockMemory:
         self.layout = layout
         self.num_blocks = num_blocks
         self.size_bytes = layout.block_bytes * num_blocks
+        self._piece_bytes = layout.piece_bytes
         view = memoryview(buffer).cast("B")
         if num_blocks < 1 or len(view) < self.size_bytes:
             raise InvalidRequest("num_blocks", num_blocks, f"1 or more, in {len(view)} bytes of memory")
@@ -109,11 +110,13 @@ class BlockMemory:
         memory.descriptor = descriptor
         return memory
 
-    def views(self, block: int) -> list[memoryview]:
-        """The pieces of a block, in order."""
-        size, stride = self.layout.piece_bytes, self.num_blocks * self.layout.piece_bytes
-        start = block * size
-        return [self._view[at : at + size] for at in range(start, self.size_bytes, stride)]
+    def views(self, blocks: Sequence[int]) -> list[memoryview]:
+        """The pieces of blocks, in order."""
+        view, size = self._view, self._piece_bytes
+        if self.layout.planes == 1:
+            return [view[block * size : block * size + size] for block in blocks]
+        starts = range(0, self.size_bytes, self.num_blocks * size)  # of planes
+        return [view[start + block * size : start + block * size + size] for block in blocks for start in starts]
 
     def digests(self, blocks: Sequence[int]) -> list[int]:
         """The digests of blocks' bytes."""
@@ -134,11 +137,10 @@ class BlockMemory:
         """Raise InvalidRequest unless these are different blocks of this memory."""
         if len(set(blocks)) != len(blocks):
             raise InvalidRequest(field, "blocks", "each only once")
-        for block in blocks:
-            if not 0 <= block < self.num_blocks:
-                raise InvalidRequest(field, block, f"0 to {self.num_blocks - 1}")
-            if block in self.in_flight:
-                raise InvalidRequest(field, block, "a transfer that was given up still writes there")
+        if blocks and not 0 <= min(blocks) <= max(blocks) < self.num_blocks:
+            raise InvalidRequest(field, (min(blocks), max(blocks)), f"0 to {self.num_blocks - 1}")
+        if self.in_flight and not self.in_flight.isdisjoint(blocks):
+            raise InvalidRequest(field, "blocks", "a transfer that was given up still writes to some of them")
 
     def close(self) -> None:
         """Let go of the file that is shared; the memory itself goes with its last user."""

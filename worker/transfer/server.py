@@ -18,7 +18,7 @@ from worker.transfer.deadline import Deadline
 from worker.transfer.errors import OutOfTime, TransferFailed
 from worker.transfer.holder import Holder
 from worker.transfer.leases import MAX_LEASE_S
-from worker.transfer.messages import ASKED, HEADER, Kind, decode_release, read_header
+from worker.transfer.messages import ASKED, HEADER, How, Kind, decode_release, read_header
 from worker.transfer.transports import Offer
 from worker.transfer.transports.local import local_offer
 from worker.transfer.transports.nixl import NixlEndpoint
@@ -167,7 +167,7 @@ class TransferServer:
             patience = FIRST_WORD_S
             while (message := self._message(wire, patience)) is not None:
                 kind, payload = message
-                if kind is not Kind.RELEASE and self._nixl is not None and wire.socket.family != socket.AF_UNIX:
+                if self._nixl is not None and wire.socket.family != socket.AF_UNIX and _reads_memory(kind, payload):
                     reading.close()
                     self._nixl.begin()
                     reading.callback(self._nixl.end)
@@ -209,6 +209,10 @@ class TransferServer:
         if self._nixl is None:
             raise TransferFailed("no nixl here")
         connected.sendall(self._nixl.attached())
+
+
+def _reads_memory(kind: Kind, payload: bytes) -> bool:
+    return kind is Kind.ATTACH or (kind is Kind.PULL and payload[:1] == bytes((How.FROM_MEMORY,)))
 
 
 def _address(text: str, insecure: bool) -> tuple[str, int]:

@@ -23,8 +23,8 @@ POLL_S = 0.25  # how soon who waits in a transport sees that it is given up, or 
 class Batch(NamedTuple):
     """The next blocks lie in their slots: their digests, as the holder told them and as they are there."""
 
-    told: Sequence[int]
-    found: Sequence[int]
+    told: list[int]
+    found: list[int]
 
 
 class Channel(Protocol):

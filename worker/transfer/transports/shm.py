@@ -10,6 +10,7 @@ import array
 import os
 import socket
 import struct
+from collections import deque
 from collections.abc import Generator, Sequence
 from functools import cache
 from hashlib import blake2b
@@ -23,6 +24,8 @@ from worker.transfer.messages import HEADER, LEASE_ENDED, Grant, How, Kind, fram
 from worker.transfer.transports import Batch, Offer
 from worker.transfer.transports.stream import Stream, StreamChannel
 from worker.transfer.transports.tcp import SocketStream
+
+AHEAD = 4  # batches that may be copied before the holder told the first one's digests
 
 _ATTACHED = struct.Struct(f"<QII{TAG_BYTES}s")  # block_bytes, planes, num_blocks, tag
 _PEER = struct.Struct("3i")  # pid, uid, gid
@@ -102,11 +105,17 @@ class ShmChannel(StreamChannel):
             raise TransferFailed(f"the holder's blocks are {source.layout}")
         if max(blocks, default=0) >= source.num_blocks:
             raise TransferFailed(f"GRANT of block {max(blocks)} of {source.num_blocks}")
-        for batch in grant.batches():
-            deadline.left()
-            span = slice(batch.start, batch.stop)
-            found = memory.copy_in(slots[span], source, blocks[span], digest=self.verify)
-            told = self.batch(len(batch), [], deadline)
+        copied: deque[tuple[slice, list[int]]] = deque()
+        batches = iter(grant.batches())
+        while True:
+            while len(copied) < AHEAD and (batch := next(batches, None)) is not None:
+                deadline.left()
+                span = slice(batch.start, batch.stop)
+                copied.append((span, memory.copy_in(slots[span], source, blocks[span], digest=self.verify)))
+            if not copied:
+                return
+            span, found = copied.popleft()
+            told = self.batch(len(found), [], deadline)
             if (source.generations[grant.blocks[span]] != grant.generations[span]).any():
                 raise Refused(LEASE_ENDED)
             yield Batch(told, found if self.verify else told)

@@ -25,9 +25,9 @@ class SocketWire:
 
     def send(self, pieces: Sequence[bytes | memoryview], left: Callable[[], float]) -> None:
         """Send all pieces. Raises TransferFailed, and what `left` raises."""
-        waiting = [memoryview(piece) for piece in pieces]
-        at = 0
-        while at < len(waiting):
+        due = sum(map(len, pieces))
+        waiting, at = [memoryview(piece) for piece in pieces], 0
+        while due:
             self._limit(socket.SO_SNDTIMEO, left())
             try:
                 moved = self.socket.sendmsg(waiting[at : at + MAX_PIECES])
@@ -35,13 +35,15 @@ class SocketWire:
                 continue
             except OSError as error:
                 raise TransferFailed(f"cannot send: {error.strerror or error}") from None
-            at = _advance(waiting, at, moved)
+            due -= moved
+            if due:
+                at = _advance(waiting, at, moved)
 
     def receive(self, views: Sequence[memoryview], left: Callable[[], float]) -> int:
         """Fill all views. Returns how many bytes came: fewer only at the end of the stream. Raises as `send` does."""
-        waiting = list(views)
-        at, came = _advance(waiting, 0, 0), 0
-        while at < len(waiting):
+        due, came = sum(map(len, views)), 0
+        waiting, at = list(views), 0
+        while came < due:
             self._limit(socket.SO_RCVTIMEO, left())
             try:
                 moved = self.socket.recvmsg_into(waiting[at : at + MAX_PIECES], 0, socket.MSG_WAITALL)[0]
@@ -52,7 +54,8 @@ class SocketWire:
             if moved == 0:
                 return came
             came += moved
-            at = _advance(waiting, at, moved)
+            if came < due:
+                at = _advance(waiting, at, moved)
         return came
 
     def close(self) -> None:

@@ -75,7 +75,7 @@ class StreamChannel:
         """See Channel."""
         for batch in grant.batches():
             there = [slots[position] for position in batch]
-            told = self.batch(len(batch), [view for slot in there for view in memory.views(slot)], deadline)
+            told = self.batch(len(batch), memory.views(there), deadline)
             yield Batch(told, memory.digests(there) if self.verify else told)
 
     def batch(self, blocks: int, views: Sequence[memoryview], deadline: Deadline) -> list[int]:
@@ -84,7 +84,7 @@ class StreamChannel:
         came = self.stream.read_into([memoryview(head), *views], deadline)
         if came < BATCH.size:
             raise TransferFailed(f"the holder hung up, {came} bytes into a batch's head")
-        digests = read_batch_head(head)
+        digests = read_batch_head(head, blocks)
         due = len(head) + sum(map(len, views))
         if came < due:
             raise TransferFailed(f"the holder hung up, {came} bytes into a batch of {due}")
