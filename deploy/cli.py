@@ -164,6 +164,9 @@ def router(
             "vllm-0=zmq://127.0.0.1:5557?model=MODEL&block_size=16; may be repeated"
         ),
     ] = [],  # noqa: B006
+    registry: Annotated[
+        str, typer.Option(help="redis://HOST:PORT/FLEET, where workers announce themselves to any number of routers")
+    ] = "",
     record_trace: Annotated[
         Path | None,
         typer.Option(
@@ -194,6 +197,7 @@ def router(
         objective=Objective(slo_ttft, slo_itl),
         secret=fleet_secret(),
         observe=observe,
+        registry=registry,
         insecure=insecure,
         **given,
     )

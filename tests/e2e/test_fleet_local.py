@@ -22,6 +22,7 @@ from deploy.fleet.state_file import find
 from rhizome.v1 import launcher_pb2, launcher_pb2_grpc
 from router.client import Client
 from tests.support.processes import wait_until_gone
+from tests.support.redis_server import RedisServer
 
 FLEET = """
 name: demo
@@ -108,6 +109,14 @@ def test_a_fleet_is_shown_scaled_and_ended_from_another_process(tmp_path: Path) 
             wait_until_gone(row["pid"])
         assert "no fleet of this user runs on this machine" in rhizome("status", code=1)
         assert find() == []
+
+
+def test_a_fleet_with_a_registry_is_found_there(tmp_path: Path) -> None:
+    """Every router hears of every worker over Redis: neither is told the other's address."""
+    with RedisServer() as redis, up(f"{FLEET}registry: {redis.url('demo')}\n", tmp_path):
+        assert rhizome("scale", "spare", "1").strip() == "spare: 1 workers"
+        shown = rows()
+        assert all(shown[name]["lease_left_s"] for name in ("chat-0", "chat-1", "spare-0"))
 
 
 def test_a_killed_worker_is_seen_to_have_come_back(tmp_path: Path) -> None:
