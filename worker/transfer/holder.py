@@ -14,6 +14,7 @@ import numpy as np
 
 from rhizome.errors import Conflict, NotServed, Overloaded, RhizomeError
 from rhizome.transfer_ticket import LEASE_ID_BYTES, TransferTicket, read_signed, sign
+from worker.transfer.digests import bound
 from worker.transfer.errors import Refused
 from worker.transfer.leases import MAX_LEASE_S, BlockHolder, Lease, Leases
 from worker.transfer.memory import BlockMemory
@@ -124,7 +125,8 @@ class Holder:
                 raise Refused(LEASE_ENDED)
             with self._lock:
                 self.counts.blocks_told += len(positions)
-            pieces.append(batch_head(Status.OK, digests))
+            told = bound(digests, lease.keys[positions.start : positions.stop])
+            pieces.append(batch_head(Status.OK, told))
             if request.how is How.IN_STREAM:
                 pieces += self.memory.views(lease.blocks[positions.start : positions.stop])
             yield pieces
@@ -179,7 +181,7 @@ class Holder:
         if not blocks:
             raise NotServed(f"{self.worker_id} holds none of these blocks")
         ends_at = self._clock() + min(ttl_s, MAX_LEASE_S)
-        lease = Lease(lease_id, blocks, self.memory.generations[blocks].tolist(), ends_at)
+        lease = Lease(lease_id, list(keys[: len(blocks)]), blocks, self.memory.generations[blocks].tolist(), ends_at)
         entered = self.leases.add(lease)
         if entered is not lease:
             self._cache.unpin(blocks)

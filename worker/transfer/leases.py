@@ -29,6 +29,7 @@ class Lease:
     """Blocks pinned for one ticket. `digests`: of the first of them, taken ahead and while all were pinned."""
 
     lease_id: bytes
+    keys: list[bytes]
     blocks: list[int]
     generations: list[int]
     ends_at: float

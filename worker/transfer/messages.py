@@ -8,8 +8,9 @@ Each message is a frame: magic "RZT1", kind u8, 3 zero bytes, payload length u32
     GRANT     lease id, count u32, batch_blocks u32; told to who reads memory: count x block u32, count x generation u32
     REFUSED   text
 
-After GRANT come ceil(count / batch_blocks) batches without further ado. A batch is: magic "RZTB", status u32 (0, or why
-there are no more), a digest u64 for each of its blocks, and IN_STREAM the bytes of its blocks.
+After GRANT, padded to 64 bytes, come ceil(count / batch_blocks) batches without further ado. A batch is: magic "RZTB",
+status u32 (0, or why there are no more), for each of its blocks the digest u64 xor both halves of its key, zeros up to
+a multiple of 64 bytes, and IN_STREAM the bytes of its blocks.
 """
 
 from __future__ import annotations

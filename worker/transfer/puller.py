@@ -13,10 +13,11 @@ from itertools import takewhile
 from rhizome.errors import InvalidRequest, RhizomeError
 from rhizome.transfer_ticket import KEY_BYTES, TransferTicket, read_signed
 from worker.transfer.deadline import Deadline
+from worker.transfer.digests import bound
 from worker.transfer.errors import OutOfTime, Refused, TransferFailed
 from worker.transfer.memory import BlockMemory
 from worker.transfer.messages import Grant
-from worker.transfer.transports import Channel, Offer, Transport
+from worker.transfer.transports import Batch, Channel, Offer, Transport
 
 MAX_IDLE_CHANNELS = 64  # to as many holders as a worker pulls from in turn
 IDLE_S = 30.0  # less than holders wait
@@ -163,7 +164,7 @@ class Puller:
             before, started = progress.arrived, self._clock()
             failure: RhizomeError | None = None
             try:
-                wanted = _Wanted(data, first + before, slots[before:count])
+                wanted = _Wanted(data, first + before, keys[before:count], slots[before:count])
                 held = self._take(transport, offer, wanted, deadline, progress)
                 reason = f"{ticket.holder} has only {before + held} of {len(keys)} blocks under this ticket"
             except (TransferFailed, Refused, OutOfTime) as error:
@@ -184,16 +185,11 @@ class Puller:
         """Fetch over one way. How many of the blocks the holder has."""
         channel, grant = self._open(transport, offer, wanted, deadline)
         try:
-            progress.touched = True
+            progress.touched, at = True, 0
             with closing(channel.fetch(grant, self.memory, wanted.slots, deadline)) as batches:
                 for batch in batches:
-                    if batch.told == batch.found:
-                        progress.arrived += len(batch.told)
-                        continue
-                    for told, found in zip(batch.told, batch.found, strict=True):
-                        if told != found:
-                            raise TransferFailed(f"block {progress.arrived} arrived broken: {found:#x}, not {told:#x}")
-                        progress.arrived += 1
+                    _verify(batch, wanted.keys[at : at + len(batch.told)], progress)
+                    at += len(batch.told)
             channel.release(grant.lease_id)
         except BaseException:
             channel.close()
@@ -267,7 +263,19 @@ class _Wanted:
 
     ticket: bytes
     first: int
+    keys: Sequence[bytes]
     slots: Sequence[int]
+
+
+def _verify(batch: Batch, keys: Sequence[bytes], progress: _Progress) -> None:
+    """Count the blocks that arrived as they were told, up to one that did not: raises TransferFailed for that."""
+    if batch.found is None:
+        progress.arrived += len(batch.told)
+        return
+    for told, found in zip(batch.told, bound(batch.found, keys), strict=True):
+        if told != found:
+            raise TransferFailed(f"block {progress.arrived} arrived broken: {found:#x}, not {told:#x}")
+        progress.arrived += 1
 
 
 def _run(ticket: TransferTicket, keys: Sequence[bytes]) -> tuple[int, int]:

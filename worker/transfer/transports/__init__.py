@@ -21,10 +21,11 @@ POLL_S = 0.25  # how soon who waits in a transport sees that it is given up, or 
 
 
 class Batch(NamedTuple):
-    """The next blocks lie in their slots: their digests, as the holder told them and as they are there."""
+    """The next blocks lie in their slots: what the holder told of them, and the digests of what is there (None: not
+    to be verified)."""
 
     told: list[int]
-    found: list[int]
+    found: list[int] | None
 
 
 class Channel(Protocol):

@@ -248,7 +248,7 @@ class NixlChannel(StreamChannel):
                 raise TransferFailed(f"nixl: {error}") from None
             for batch in part:
                 told = self.batch(len(batch), [], deadline)
-                yield Batch(told, memory.digests([slots[at] for at in batch]) if self.verify else told)
+                yield Batch(told, memory.digests([slots[at] for at in batch]) if self.verify else None)
 
     def close(self) -> None:
         """See Channel."""

@@ -118,7 +118,7 @@ class ShmChannel(StreamChannel):
             told = self.batch(len(found), [], deadline)
             if (source.generations[grant.blocks[span]] != grant.generations[span]).any():
                 raise Refused(LEASE_ENDED)
-            yield Batch(told, found if self.verify else told)
+            yield Batch(told, found if self.verify else None)
 
     def close(self) -> None:
         """See Channel."""

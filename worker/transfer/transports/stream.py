@@ -76,7 +76,7 @@ class StreamChannel:
         for batch in grant.batches():
             there = [slots[position] for position in batch]
             told = self.batch(len(batch), memory.views(there), deadline)
-            yield Batch(told, memory.digests(there) if self.verify else told)
+            yield Batch(told, memory.digests(there) if self.verify else None)
 
     def batch(self, blocks: int, views: Sequence[memoryview], deadline: Deadline) -> list[int]:
         """Read a batch's head, and what follows into the views. The digests."""
