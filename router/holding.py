@@ -15,7 +15,7 @@ from router.table import Floats
 
 HOLD_S = 0.15
 """A worker with less than that to compute before a request is nearly free: enough not to run dry on the way."""
-AGE_WEIGHT = 0.1
+AGE_WEIGHT = 0.4
 """A request goes before another that has so much less work, in seconds, for each second that it has waited longer."""
 STALE_S = 0.5
 """Terms of a held request are predicted again after that, and when it goes."""
