@@ -19,6 +19,7 @@ from urllib.parse import quote
 from deploy.doctor import announce_core
 from deploy.router_list import RouterList
 from deploy.served_model import check_time_scale
+from deploy.transfers import transfers
 from kv_events.bus.redis_registry import events_at, parse_registry_url
 from kv_events.bus.url import BusUrl, parse_bus_url, publishing
 from kv_events.log import EventLog
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from worker.engine_thread import EngineThread
     from worker.service import WorkerIdentity
     from worker.step_time import Hardware
+    from worker.transfer.memory import BlockMemory
 
 _log = logging.getLogger(__name__)
 
@@ -162,16 +164,25 @@ async def running_worker(settings: WorkerSettings, routers: RouterList | None = 
 
     settings.check()
     epoch = time.time_ns() // 1_000_000
-    identity, engine = await asyncio.to_thread(_build_engine, settings, epoch)
+    identity, engine, memory = await asyncio.to_thread(_build_engine, settings, epoch)
     thread = EngineThread(engine)
     thread.start()
     try:
         async with (
             _published(engine.event_log, settings) as urls,  # outside, for the end of the log is published, too
-            running_server(identity, thread, settings.host, settings.port) as address,
+            transfers(settings, identity, thread, memory) as moved,
+            running_server(identity, thread, settings.host, settings.port, moved.peers) as address,
         ):
             events_url = settings.read_by_routers(urls)
-            request = registration(identity, thread, settings.reached_at(address), ROLES[settings.role], events_url)
+            request = registration(
+                identity,
+                thread,
+                settings.reached_at(address),
+                ROLES[settings.role],
+                events_url,
+                offers=moved.offers,
+                fetch_token_s=moved.fetch_token_s,
+            )
             listed = routers or RouterList(settings.routers)
             members = [listed.follow(lambda router: FleetMember(router, request, identity, thread).run())]
             if settings.registry:
@@ -234,8 +245,11 @@ async def _end_with(thread: EngineThread) -> None:
         raise Unavailable(f"the engine failed: {error}") from error
 
 
-def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity, Engine]:
-    """Model -> engine. Raises CheckpointError or InvalidRequest before memory is taken."""
+def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity, Engine, BlockMemory | None]:
+    """Model -> engine, and its KV cache where blocks of it can travel.
+
+    Raises CheckpointError or InvalidRequest before memory is taken.
+    """
     from deploy.served_model import simulated_model, torch_model
     from worker.engine import Engine
     from worker.service import WorkerIdentity
@@ -272,7 +286,8 @@ def _build_engine(settings: WorkerSettings, epoch: int) -> tuple[WorkerIdentity,
         wall_clock=time.time,
         validate=settings.validate,
     )
-    return WorkerIdentity(settings.worker_id, epoch, card, model.tokenizer_files, fleet_secret()), engine
+    identity = WorkerIdentity(settings.worker_id, epoch, card, model.tokenizer_files, fleet_secret())
+    return identity, engine, model.memory
 
 
 async def serve_until_stopped(serving: AbstractAsyncContextManager[str], *, supervised: bool) -> None:

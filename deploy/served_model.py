@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rhizome.errors import InvalidRequest
+from rhizome.tokenizer import tokenizer_sha256
 
 if TYPE_CHECKING:
     from deploy.processes import WorkerSettings
     from worker.plan import ModelRunner
     from worker.scheduler import SchedulerConfig
     from worker.step_time import Hardware
+    from worker.transfer.memory import BlockMemory
 
 DEFAULT_HARDWARE = "8b-1xh100"
 MAX_TIME_SCALE = 1e6
@@ -34,6 +36,7 @@ class ServedModel:
     vocab_size: int
     eos_token_ids: frozenset[int]
     clock: Callable[[], float] = time.monotonic  # measures steps
+    memory: BlockMemory | None = None  # of its KV cache, if blocks may go to other workers and come from them
 
 
 def chosen_hardware(
@@ -98,7 +101,7 @@ def torch_model(settings: WorkerSettings, directory: Path) -> ServedModel:
 
     from worker.checkpoint import load_model
     from worker.config import ModelConfig
-    from worker.kv_cache.paged import blocks_within
+    from worker.kv_cache.paged import blocks_within, transfer_memory
     from worker.runner import TorchRunner
     from worker.scheduler import SchedulerConfig
     from worker.tokenizer import tokenizer_files
@@ -120,9 +123,16 @@ def torch_model(settings: WorkerSettings, directory: Path) -> ServedModel:
     if config.max_model_len > model_config.max_position_embeddings:
         limit = f"at most the model's {model_config.max_position_embeddings}"
         raise InvalidRequest("max_model_len", config.max_model_len, limit)
-    runner = TorchRunner(load_model(directory), num_blocks, settings.block_size, config.host_blocks)
+    names = (settings.served_name, model_config.vocab_size, tokenizer_sha256(files))  # as a fleet tells models apart
+    try:
+        memory = transfer_memory(model_config, num_blocks, settings.block_size, torch.float32, names=names)
+    except InvalidRequest:
+        memory = None  # blocks too large to travel: they stay here
+    runner = TorchRunner(load_model(directory), num_blocks, settings.block_size, config.host_blocks, memory)
     runner.warm_up(min(config.max_batched_tokens, config.max_model_len))
-    return ServedModel(config, runner, files, model_config.vocab_size, model_config.eos_token_ids)
+    return ServedModel(
+        config, runner, files, model_config.vocab_size, model_config.eos_token_ids, memory=runner.cache.memory
+    )
 
 
 def _given(value: int | None, default: int) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 
 import grpc
 
@@ -40,9 +41,13 @@ def registration(
     address: str,
     role: fleet_pb2.WorkerRole.ValueType,
     events_url: str = "",
+    *,
+    offers: Sequence[str] = (),
+    fetch_token_s: float = 0.0,
 ) -> fleet_pb2.RegisterRequest:
     """The signed registration of a worker that serves at `address`. `events_url` says where routers are to read its
-    events; empty: there, too."""
+    events; empty: there, too. `offers` say where others may pull its blocks, `fetch_token_s` what it takes to pull a
+    token's from another; 0: it cannot."""
     config = thread.engine.config
     request = fleet_pb2.RegisterRequest(
         worker_id=identity.worker_id,
@@ -55,6 +60,8 @@ def registration(
         max_waiting=config.max_waiting,
         max_batched_tokens=config.max_batched_tokens,
         events_url=events_url,
+        transfer_offers=offers,
+        fetch_token_s=fetch_token_s,
     )
     ticket.sign_member(identity.secret, request)
     return request

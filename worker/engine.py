@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kv_events.log import EventLog
 from rhizome.errors import Duplicate
 from worker.answer import Answer, FinishReason, TextDecoder
+from worker.block_claims import Reservation, TransferCounts
+from worker.cached_block import CachedBlock
 from worker.plan import ModelRunner, SampledToken
 from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
 from worker.sequence import EngineRequest, Sequence
@@ -82,6 +85,7 @@ class EngineStatus(NamedTuple):
     cached_prompt_tokens: int
     host_cached_prompt_tokens: int  # of these, in the host tier alone
     next_event_seq: int  # of the event log
+    transfers: TransferCounts = TransferCounts()
 
 
 def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineStatus:
@@ -101,6 +105,7 @@ def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineSt
         cached_prompt_tokens=scheduler.cached_prompt_tokens,
         host_cached_prompt_tokens=scheduler.host_cached_prompt_tokens,
         next_event_seq=log.next_seq,
+        transfers=scheduler.claims.counts,
     )
 
 
@@ -141,6 +146,7 @@ class Engine:
         self._validate = validate
         self._requests: dict[str, _Request] = {}
         self._arrivals = 0
+        self.stalled = False
         self._times = StepTimes()
         self._progress: deque[tuple[int, str, bool]] = deque(maxlen=PROGRESS_KEPT)  # (position, request id, ended)
 
@@ -176,12 +182,37 @@ class Engine:
         self._publish()
         return forgotten
 
+    def reserve(self, contents: AnySequence[CachedBlock]) -> Reservation | None:
+        """Slots for what is lacking of a chain of blocks, to be given back with `adopt`. See BlockClaims."""
+        reservation = self.scheduler.reserve(contents)
+        self._publish()  # before the slots are overwritten
+        self._check()
+        return reservation
+
+    def adopt(self, reservation: Reservation, arrived: int, size_bytes: int, transport: str) -> None:
+        """A pull into reserved slots ended: its first `arrived` blocks are in the prefix cache from now on."""
+        self.scheduler.claims.adopt(reservation, arrived)
+        self.scheduler.claims.count_pull(len(reservation.slots), arrived, size_bytes, transport)
+        self._publish()
+        self._check()
+
+    def pin(self, keys: AnySequence[bytes]) -> list[int]:
+        """Blocks for others to read, until `unpin`: the longest held beginning of `keys`."""
+        return self.scheduler.pin(keys)
+
+    def unpin(self, blocks: AnySequence[int]) -> None:
+        """They are read no more."""
+        self.scheduler.claims.unpin(blocks)
+        self._check()
+
     def step(self) -> list[Output]:
-        """One step: schedule, run, commit. Empty when there was nothing to do."""
+        """One step: schedule, run, commit. Empty when there was nothing to do, or when all that wait need blocks that
+        transfers hold: then it is `stalled`."""
         started = self._clock()
         step = self.scheduler.schedule()
         # Published before the step overwrites evicted blocks: nobody is sent here for what is about to go.
         self._publish()
+        self.stalled = not step and self.has_work
         if not step:
             return []
         sampled = self._runner.run(self.scheduler.plan(step))

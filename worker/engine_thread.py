@@ -16,6 +16,8 @@ from worker.sequence import EngineRequest
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
+STALLED_S = 0.01  # between looks whether a stalled engine can go on: what it waits for comes as a command
+
 Listener: TypeAlias = Callable[[Output | RhizomeError], None]
 """Called on the engine's thread; must return at once. An error is the last thing that it is told."""
 
@@ -85,11 +87,11 @@ class EngineThread:
             self.status = self.engine.status()
 
     def _take_commands(self) -> None:
-        """All that wait; blocks for one when the engine has nothing to do."""
-        block = not self.engine.has_work
+        """All that wait; blocks for one when the engine has nothing to do, or can do nothing."""
+        block = self.engine.stalled or not self.engine.has_work
         while True:
             try:
-                command = self._commands.get(block=block)
+                command = self._commands.get(block=block, timeout=STALLED_S if self.engine.stalled else None)
             except queue.Empty:
                 return
             command()

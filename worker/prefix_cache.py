@@ -68,6 +68,23 @@ class PrefixCache:
             previous = content
         return places
 
+    def find(self, keys: Sequence[bytes]) -> list[int]:
+        """Device blocks of the longest cached prefix that these keys name, from its first block on. Keys are compared
+        whole; who asks by keys alone has no tokens to compare."""
+        blocks: list[int] = []
+        previous: CachedBlock | None = None
+        for key in keys:
+            block = self._by_hash.get(hash_of(key))
+            if block is None:
+                break
+            content = self._contents[block]
+            if content.key != key or not same_prefix(content.parent, previous):
+                break
+            content.parent = previous
+            blocks.append(block)
+            previous = content
+        return blocks
+
     def acquire(self, places: Sequence[int]) -> tuple[list[int], list[tuple[int, int]]]:
         """A reference on each block that `lookup` told. Returns the device blocks, and the loads to be made: (host
         slot, device block). Each load takes a block from the pool; the caller made sure that they are available."""

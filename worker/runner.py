@@ -16,19 +16,28 @@ from worker.models.decoder import Decoder
 from worker.models.linear import ROW_MULTIPLE
 from worker.plan import Chunk, SampledToken, SamplingInput, SamplingParams, StepPlan
 from worker.sampling import sample
+from worker.transfer.memory import BlockMemory
 
 
 class TorchRunner:
     """A `ModelRunner`: the model, its cache and an attention backend. Not thread-safe; a step at a time."""
 
-    def __init__(self, model: Decoder, num_blocks: int, block_size: int, host_blocks: int = 0) -> None:
-        """Raises InvalidRequest where a host tier is asked for."""
+    def __init__(
+        self,
+        model: Decoder,
+        num_blocks: int,
+        block_size: int,
+        host_blocks: int = 0,
+        memory: BlockMemory | None = None,
+    ) -> None:
+        """`memory` for the cache, of the model's dtype, if it is to lie there. Raises InvalidRequest where a host tier
+        is asked for."""
         if host_blocks:
             raise InvalidRequest("host_blocks", host_blocks, "0: tensors are not moved between the tiers yet")
         config = model.config
         shape = (config.num_layers, num_blocks, block_size, config.num_kv_heads, config.head_dim)
         self.model = model
-        self.cache = PagedKVCache(*shape, dtype=model.dtype, device=model.device)
+        self.cache = PagedKVCache(*shape, dtype=model.dtype, device=model.device, memory=memory)
         self.attention: AttentionBackend = TiledCpuAttention(self.cache, config.num_heads)
 
     def warm_up(self, num_tokens: int) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass
 
 from rhizome.errors import InvalidRequest, Overloaded
+from worker.block_claims import BlockClaims, Reservation
 from worker.cached_block import CachedBlock
 from worker.plan import Chunk, SamplingInput, StepPlan
 from worker.prefix_cache import PrefixCache
@@ -69,6 +70,7 @@ class Scheduler:
             host_blocks=config.host_blocks,
             include_token_ids=config.event_token_ids,
         )
+        self.claims = BlockClaims(self.cache)  # of transfers
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # by rank
         self.preemptions = 0
@@ -135,12 +137,24 @@ class Scheduler:
         blocks = [place for place in places if place >= 0]
         for block in blocks:
             pool.retain(block)  # so that none makes room for those that follow it
-        room = max(0, pool.available - self._blocks_promised())
+        room = self._room()
         for content in contents[len(places) : len(places) + room]:
             blocks.append(pool.allocate())
             self.cache.insert(blocks[-1], content)
         pool.release(reversed(blocks))
         return min(len(contents), len(places) + room)
+
+    def reserve(self, contents: AnySequence[CachedBlock]) -> Reservation | None:
+        """Slots for what is lacking of a chain of blocks, which somebody else will fill; see BlockClaims."""
+        return self.claims.reserve(contents, self._room())
+
+    def pin(self, keys: AnySequence[bytes]) -> list[int]:
+        """The blocks of the longest held beginning of `keys`, to stay as they are until `claims.unpin`."""
+        return self.claims.pin(keys, self._room())
+
+    def _room(self) -> int:
+        """Blocks that are left over when all that was admitted gets its own."""
+        return max(0, self.cache.pool.available - self._blocks_promised())
 
     def fork(self, sequence: Sequence, choice: int) -> Sequence:
         """A running copy that shares every block; the first to write into a shared one copies it."""
@@ -152,7 +166,7 @@ class Scheduler:
         return fork
 
     def check(self) -> None:
-        """Assert that every reference to a block is some running sequence's, and that nobody else holds any."""
+        """Assert that every reference to a block is some running sequence's or a transfer's: nobody else holds any."""
         self.cache.check()
         held: dict[int, int] = {}
         for sequence in self.running:
@@ -164,7 +178,9 @@ class Scheduler:
                 assert sequence.writable == len(sequence.blocks) * size
                 assert all(held[block] == 1 for block in sequence.blocks[sequence.computed // size :]), "written by two"
         assert self.running == sorted(self.running, key=_rank)
-        assert all(pool.ref_count(block) == held.get(block, 0) for block in range(pool.num_blocks)), "a block leaked"
+        claimed = self.claims.held
+        for block in range(pool.num_blocks):
+            assert pool.ref_count(block) == held.get(block, 0) + claimed[block], f"block {block} leaked"
         assert not any(sequence.blocks for sequence in self.waiting)
         assert len(self.running) <= self.config.max_running
 

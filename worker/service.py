@@ -22,6 +22,7 @@ from rhizome.v1 import fleet_pb2, generation_pb2, worker_pb2
 from worker.answer import FinishReason
 from worker.engine import EngineStatus, Output
 from worker.engine_thread import EngineThread
+from worker.peers import PeerBlocks
 from worker.plan import SamplingParams
 from worker.sequence import EngineRequest
 
@@ -47,9 +48,17 @@ class WorkerIdentity:
 class WorkerService:
     """Requests to the engine's thread, its outputs back as chunks."""
 
-    def __init__(self, identity: WorkerIdentity, thread: EngineThread, wall_ms: Callable[[], int]) -> None:
+    def __init__(
+        self,
+        identity: WorkerIdentity,
+        thread: EngineThread,
+        wall_ms: Callable[[], int],
+        peers: PeerBlocks | None = None,
+    ) -> None:
+        """`peers`: for requests that say from whom to pull what they need."""
         self._identity = identity
         self._thread = thread
+        self._peers = peers
         self._wall_ms = wall_ms
         salt = derive_salt(identity.model.name)
         self._own_hasher = BlockHasher(identity.model.block_size, salt, identity.secret)
@@ -57,6 +66,8 @@ class WorkerService:
     async def generate(self, request: worker_pb2.WorkerGenerateRequest, context: rpc.Context) -> None:
         """Stream a request's chunks. When the call ends before, whoever ended it, so does the request."""
         engine_request = self._parse(request)
+        if request.pull_ticket and self._peers is not None:
+            await self._peers.fetch(engine_request, request.pull_ticket)
         outputs: asyncio.Queue[Output | RhizomeError] = asyncio.Queue()  # bounded by the request's max_tokens
         loop = asyncio.get_running_loop()
 
@@ -175,7 +186,7 @@ def _sampling_params(sampling: generation_pb2.SamplingParams, room: int) -> Samp
 
 def status_message(identity: WorkerIdentity, status: EngineStatus) -> worker_pb2.WorkerStatus:
     """An engine's status as it goes over the wire."""
-    times = status.times
+    times, transfers = status.times, status.transfers
     return worker_pb2.WorkerStatus(
         worker_id=identity.worker_id,
         epoch=identity.epoch,
@@ -200,14 +211,22 @@ def status_message(identity: WorkerIdentity, status: EngineStatus) -> worker_pb2
         cached_prompt_tokens=status.cached_prompt_tokens,
         host_cached_prompt_tokens=status.host_cached_prompt_tokens,
         next_event_seq=status.next_event_seq,
+        pulls=transfers.pulls,
+        pulls_short=transfers.pulls_short,
+        pulled_blocks=transfers.pulled_blocks,
+        pulled_bytes=transfers.pulled_bytes,
+        pull_transport=transfers.pull_transport,
+        lent_blocks=transfers.lent_blocks,
     )
 
 
 @asynccontextmanager
-async def running_server(identity: WorkerIdentity, thread: EngineThread, host: str, port: int) -> AsyncIterator[str]:
-    """Serve the engine behind `thread`; yields the bound address."""
+async def running_server(
+    identity: WorkerIdentity, thread: EngineThread, host: str, port: int, peers: PeerBlocks | None = None
+) -> AsyncIterator[str]:
+    """Serve the engine behind `thread`, which pulls through `peers`; yields the bound address."""
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
-    service = WorkerService(identity, thread, wall_ms=lambda: int(time.time() * 1000))
+    service = WorkerService(identity, thread, wall_ms=lambda: int(time.time() * 1000), peers=peers)
     handlers = {
         "Generate": rpc.streaming(worker_pb2.WorkerGenerateRequest, service.generate),
         "GetStatus": rpc.unary(worker_pb2.GetStatusRequest, service.get_status),

@@ -25,29 +25,29 @@ _sym_db = _symbol_database.Default()
 from rhizome.v1 import worker_pb2 as rhizome_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16rhizome/v1/fleet.proto\x12\nrhizome.v1\x1a\x17rhizome/v1/worker.proto\"r\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x18\n\x10tokenizer_sha256\x18\x05 \x01(\t\"\x8f\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.rhizome.v1.WorkerRole\x12$\n\x05model\x18\x05 \x01(\x0b\x32\x15.rhizome.v1.ModelCard\x12\x14\n\x0c\x62locks_total\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x08 \x01(\r\x12\x1a\n\x12max_batched_tokens\x18\t \x01(\r\x12\r\n\x05proof\x18\n \x01(\x0c\x12\x12\n\nevents_url\x18\x0b \x01(\t\"A\n\x10RegisterResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\"K\n\x10HeartbeatRequest\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.rhizome.v1.WorkerStatus\x12\r\n\x05proof\x18\x02 \x01(\x0c\"%\n\x11HeartbeatResponse\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\"D\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05proof\x18\x03 \x01(\x0c\"\x14\n\x12\x44\x65registerResponse*\x8a\x01\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03\x12\x18\n\x14WORKER_ROLE_OBSERVED\x10\x04\x32\xe5\x01\n\x05\x46leet\x12\x45\n\x08Register\x12\x1b.rhizome.v1.RegisterRequest\x1a\x1c.rhizome.v1.RegisterResponse\x12H\n\tHeartbeat\x12\x1c.rhizome.v1.HeartbeatRequest\x1a\x1d.rhizome.v1.HeartbeatResponse\x12K\n\nDeregister\x12\x1d.rhizome.v1.DeregisterRequest\x1a\x1e.rhizome.v1.DeregisterResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x16rhizome/v1/fleet.proto\x12\nrhizome.v1\x1a\x17rhizome/v1/worker.proto\"r\n\tModelCard\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x15\n\rmax_model_len\x18\x02 \x01(\r\x12\x12\n\nvocab_size\x18\x03 \x01(\r\x12\x12\n\nblock_size\x18\x04 \x01(\r\x12\x18\n\x10tokenizer_sha256\x18\x05 \x01(\t\"\xbf\x02\n\x0fRegisterRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.rhizome.v1.WorkerRole\x12$\n\x05model\x18\x05 \x01(\x0b\x32\x15.rhizome.v1.ModelCard\x12\x14\n\x0c\x62locks_total\x18\x06 \x01(\r\x12\x13\n\x0bmax_running\x18\x07 \x01(\r\x12\x13\n\x0bmax_waiting\x18\x08 \x01(\r\x12\x1a\n\x12max_batched_tokens\x18\t \x01(\r\x12\r\n\x05proof\x18\n \x01(\x0c\x12\x12\n\nevents_url\x18\x0b \x01(\t\x12\x17\n\x0ftransfer_offers\x18\x0c \x03(\t\x12\x15\n\rfetch_token_s\x18\r \x01(\x01\"A\n\x10RegisterResponse\x12\x0f\n\x07lease_s\x18\x01 \x01(\x01\x12\x1c\n\x14heartbeat_interval_s\x18\x02 \x01(\x01\"K\n\x10HeartbeatRequest\x12(\n\x06status\x18\x01 \x01(\x0b\x32\x18.rhizome.v1.WorkerStatus\x12\r\n\x05proof\x18\x02 \x01(\x0c\"%\n\x11HeartbeatResponse\x12\x10\n\x08\x64raining\x18\x01 \x01(\x08\"D\n\x11\x44\x65registerRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\r\n\x05proof\x18\x03 \x01(\x0c\"\x14\n\x12\x44\x65registerResponse*\x8a\x01\n\nWorkerRole\x12\x1b\n\x17WORKER_ROLE_UNSPECIFIED\x10\x00\x12\x14\n\x10WORKER_ROLE_BOTH\x10\x01\x12\x17\n\x13WORKER_ROLE_PREFILL\x10\x02\x12\x16\n\x12WORKER_ROLE_DECODE\x10\x03\x12\x18\n\x14WORKER_ROLE_OBSERVED\x10\x04\x32\xe5\x01\n\x05\x46leet\x12\x45\n\x08Register\x12\x1b.rhizome.v1.RegisterRequest\x1a\x1c.rhizome.v1.RegisterResponse\x12H\n\tHeartbeat\x12\x1c.rhizome.v1.HeartbeatRequest\x1a\x1d.rhizome.v1.HeartbeatResponse\x12K\n\nDeregister\x12\x1d.rhizome.v1.DeregisterRequest\x1a\x1e.rhizome.v1.DeregisterResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.v1.fleet_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_WORKERROLE']._serialized_start=729
-  _globals['_WORKERROLE']._serialized_end=867
+  _globals['_WORKERROLE']._serialized_start=777
+  _globals['_WORKERROLE']._serialized_end=915
   _globals['_MODELCARD']._serialized_start=63
   _globals['_MODELCARD']._serialized_end=177
   _globals['_REGISTERREQUEST']._serialized_start=180
-  _globals['_REGISTERREQUEST']._serialized_end=451
-  _globals['_REGISTERRESPONSE']._serialized_start=453
-  _globals['_REGISTERRESPONSE']._serialized_end=518
-  _globals['_HEARTBEATREQUEST']._serialized_start=520
-  _globals['_HEARTBEATREQUEST']._serialized_end=595
-  _globals['_HEARTBEATRESPONSE']._serialized_start=597
-  _globals['_HEARTBEATRESPONSE']._serialized_end=634
-  _globals['_DEREGISTERREQUEST']._serialized_start=636
-  _globals['_DEREGISTERREQUEST']._serialized_end=704
-  _globals['_DEREGISTERRESPONSE']._serialized_start=706
-  _globals['_DEREGISTERRESPONSE']._serialized_end=726
-  _globals['_FLEET']._serialized_start=870
-  _globals['_FLEET']._serialized_end=1099
+  _globals['_REGISTERREQUEST']._serialized_end=499
+  _globals['_REGISTERRESPONSE']._serialized_start=501
+  _globals['_REGISTERRESPONSE']._serialized_end=566
+  _globals['_HEARTBEATREQUEST']._serialized_start=568
+  _globals['_HEARTBEATREQUEST']._serialized_end=643
+  _globals['_HEARTBEATRESPONSE']._serialized_start=645
+  _globals['_HEARTBEATRESPONSE']._serialized_end=682
+  _globals['_DEREGISTERREQUEST']._serialized_start=684
+  _globals['_DEREGISTERREQUEST']._serialized_end=752
+  _globals['_DEREGISTERRESPONSE']._serialized_start=754
+  _globals['_DEREGISTERRESPONSE']._serialized_end=774
+  _globals['_FLEET']._serialized_start=918
+  _globals['_FLEET']._serialized_end=1147
 # @@protoc_insertion_point(module_scope)

@@ -5,8 +5,10 @@ How a worker joins a router's fleet: a lease, kept by heartbeats that carry its 
 each request carries a proof: HMAC-SHA256 over all its other fields (rhizome.ticket).
 """
 
+from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from rhizome.v1 import worker_pb2 as _worker_pb2
 import builtins as _builtins
@@ -92,6 +94,8 @@ class RegisterRequest(_message.Message):
     MAX_BATCHED_TOKENS_FIELD_NUMBER: _builtins.int
     PROOF_FIELD_NUMBER: _builtins.int
     EVENTS_URL_FIELD_NUMBER: _builtins.int
+    TRANSFER_OFFERS_FIELD_NUMBER: _builtins.int
+    FETCH_TOKEN_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     """grows with each start of this worker"""
@@ -108,8 +112,14 @@ class RegisterRequest(_message.Message):
     proof: _builtins.bytes
     events_url: _builtins.str
     """[KvEvents at address] where its KV events are read: kv_events.bus.url"""
+    fetch_token_s: _builtins.float
+    """to pull a token's KV from another worker, as far as known; 0: it cannot"""
     @_builtins.property
     def model(self) -> Global___ModelCard: ...
+    @_builtins.property
+    def transfer_offers(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
+        """where others may pull its blocks, transport://address; none: nowhere"""
+
     def __init__(
         self,
         *,
@@ -124,10 +134,12 @@ class RegisterRequest(_message.Message):
         max_batched_tokens: _builtins.int = ...,
         proof: _builtins.bytes = ...,
         events_url: _builtins.str = ...,
+        transfer_offers: _abc.Iterable[_builtins.str] | None = ...,
+        fetch_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["model", b"model"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_total", b"blocks_total", "epoch", b"epoch", "events_url", b"events_url", "max_batched_tokens", b"max_batched_tokens", "max_running", b"max_running", "max_waiting", b"max_waiting", "model", b"model", "proof", b"proof", "role", b"role", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "blocks_total", b"blocks_total", "epoch", b"epoch", "events_url", b"events_url", "fetch_token_s", b"fetch_token_s", "max_batched_tokens", b"max_batched_tokens", "max_running", b"max_running", "max_waiting", b"max_waiting", "model", b"model", "proof", b"proof", "role", b"role", "transfer_offers", b"transfer_offers", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

@@ -34,6 +34,8 @@ class WorkerGenerateRequest(_message.Message):
     BLOCK_KEYS_FIELD_NUMBER: _builtins.int
     TICKET_FIELD_NUMBER: _builtins.int
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
+    PULL_TICKET_FIELD_NUMBER: _builtins.int
+    ANSWERED_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     token_ids: _builtins.bytes
@@ -46,6 +48,10 @@ class WorkerGenerateRequest(_message.Message):
     """16 bytes for each full block of the prompt"""
     bypass_prefix_cache: _builtins.bool
     """neither reads nor fills the prefix cache"""
+    pull_ticket: _builtins.bytes
+    """a signed transfer ticket: whom to pull leading blocks from (rhizome.transfer_ticket)"""
+    answered: _builtins.bytes
+    """little-endian uint32: tokens of the answer that were delivered before; what follows comes"""
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...
     @_builtins.property
@@ -64,10 +70,12 @@ class WorkerGenerateRequest(_message.Message):
         block_keys: _builtins.bytes = ...,
         ticket: Global___Ticket | None = ...,
         bypass_prefix_cache: _builtins.bool = ...,
+        pull_ticket: _builtins.bytes = ...,
+        answered: _builtins.bytes = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_keys", b"block_keys", "bypass_prefix_cache", b"bypass_prefix_cache", "model", b"model", "priority", b"priority", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "block_keys", b"block_keys", "bypass_prefix_cache", b"bypass_prefix_cache", "model", b"model", "priority", b"priority", "pull_ticket", b"pull_ticket", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -148,6 +156,12 @@ class WorkerStatus(_message.Message):
     DECODE_CONTEXT_FIELD_NUMBER: _builtins.int
     NEXT_EVENT_SEQ_FIELD_NUMBER: _builtins.int
     HOST_CACHED_PROMPT_TOKENS_FIELD_NUMBER: _builtins.int
+    PULLS_FIELD_NUMBER: _builtins.int
+    PULLS_SHORT_FIELD_NUMBER: _builtins.int
+    PULLED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PULLED_BYTES_FIELD_NUMBER: _builtins.int
+    PULL_TRANSPORT_FIELD_NUMBER: _builtins.int
+    LENT_BLOCKS_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     running: _builtins.int
@@ -187,6 +201,16 @@ class WorkerStatus(_message.Message):
     """of its KV events: batches below it were published; 0: not told"""
     host_cached_prompt_tokens: _builtins.int
     """of cached_prompt_tokens, those that the host tier alone held"""
+    pulls: _builtins.int
+    """Blocks from and for other workers, since the start."""
+    pulls_short: _builtins.int
+    """that brought fewer blocks than were asked for"""
+    pulled_blocks: _builtins.int
+    pulled_bytes: _builtins.int
+    pull_transport: _builtins.str
+    """of the last pull that brought anything"""
+    lent_blocks: _builtins.int
+    """kept for others to read"""
     @_builtins.property
     def prefilled_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Requests whose first token was produced, and that ended, since the previous report to a router."""
@@ -221,10 +245,16 @@ class WorkerStatus(_message.Message):
         decode_context: _builtins.int = ...,
         next_event_seq: _builtins.int = ...,
         host_cached_prompt_tokens: _builtins.int = ...,
+        pulls: _builtins.int = ...,
+        pulls_short: _builtins.int = ...,
+        pulled_blocks: _builtins.int = ...,
+        pulled_bytes: _builtins.int = ...,
+        pull_transport: _builtins.str = ...,
+        lent_blocks: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_context", b"decode_context", "decode_s", b"decode_s", "decode_steps", b"decode_steps", "decode_tokens", b"decode_tokens", "epoch", b"epoch", "finished_request_ids", b"finished_request_ids", "host_cached_prompt_tokens", b"host_cached_prompt_tokens", "next_event_seq", b"next_event_seq", "preemptions", b"preemptions", "prefill_attention", b"prefill_attention", "prefill_context", b"prefill_context", "prefill_decodes", b"prefill_decodes", "prefill_s", b"prefill_s", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "prefill_tokens_outstanding", b"prefill_tokens_outstanding", "prefilled_request_ids", b"prefilled_request_ids", "prompt_tokens", b"prompt_tokens", "running", b"running", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_context", b"decode_context", "decode_s", b"decode_s", "decode_steps", b"decode_steps", "decode_tokens", b"decode_tokens", "epoch", b"epoch", "finished_request_ids", b"finished_request_ids", "host_cached_prompt_tokens", b"host_cached_prompt_tokens", "lent_blocks", b"lent_blocks", "next_event_seq", b"next_event_seq", "preemptions", b"preemptions", "prefill_attention", b"prefill_attention", "prefill_context", b"prefill_context", "prefill_decodes", b"prefill_decodes", "prefill_s", b"prefill_s", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "prefill_tokens_outstanding", b"prefill_tokens_outstanding", "prefilled_request_ids", b"prefilled_request_ids", "prompt_tokens", b"prompt_tokens", "pull_transport", b"pull_transport", "pulled_blocks", b"pulled_blocks", "pulled_bytes", b"pulled_bytes", "pulls", b"pulls", "pulls_short", b"pulls_short", "running", b"running", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

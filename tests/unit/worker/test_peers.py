@@ -1,0 +1,239 @@
+"""Two engines on threads of their own, one pulling from the other: what arrives is used, whatever fails is computed."""
+
+from __future__ import annotations
+
+import asyncio
+import queue
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+
+import pytest
+
+from rhizome.errors import RhizomeError
+from rhizome.transfer_ticket import TransferTicket, sign
+from tests.support.memory_runner import MemoryRunner, reference_answer
+from tests.unit.worker.test_engine import GREEDY, idle_and_nothing_lost, make_engine, request
+from worker.engine import EngineStatus, Output
+from worker.engine_thread import EngineThread
+from worker.peers import EngineBlocks, PeerBlocks
+from worker.scheduler import SchedulerConfig
+from worker.sequence import EngineRequest
+from worker.transfer.deadline import Deadline
+from worker.transfer.holder import Holder
+from worker.transfer.memory import BlockLayout, BlockMemory
+from worker.transfer.puller import Puller
+from worker.transfer.server import TransferServer
+from worker.transfer.transports import Transport
+from worker.transfer.transports.local import LocalTransport
+from worker.transfer.transports.tcp import TcpTransport
+
+CONFIG = SchedulerConfig(
+    num_blocks=40, block_size=4, max_model_len=120, max_batched_tokens=16, max_running=4, max_waiting=4
+)
+LAYOUT = BlockLayout(CONFIG.block_size * 8, tag=b"tokens-in-blocks")
+SECRET = b"the secret of a fleet"
+PROMPT = [1 + at * 7 % 39 for at in range(42)]  # ten full blocks
+PATIENCE_S = 30.0
+
+
+class Peer:
+    """An engine on its thread, its blocks for others, and its pulls."""
+
+    def __init__(self, name: str, stack: ExitStack, transports: Sequence[Transport]) -> None:
+        self.runner = MemoryRunner(CONFIG.num_blocks, CONFIG.block_size)
+        self.memory = BlockMemory(self.runner.memory, LAYOUT, CONFIG.num_blocks)
+        self.thread = EngineThread(make_engine(CONFIG, runner=self.runner))
+        self.holder = Holder(name, 7, self.memory, EngineBlocks(self.thread), secret=SECRET)
+        self.peers = PeerBlocks(self.thread, Puller(self.memory, transports, secret=SECRET), SECRET)
+        self.thread.start()
+        stack.callback(self.thread.stop)
+        self.server = stack.enter_context(TransferServer(self.holder))
+        stack.callback(self.peers.close)
+
+    def answer(self, asked: EngineRequest) -> list[int]:
+        outputs: queue.SimpleQueue[Output | RhizomeError] = queue.SimpleQueue()
+        self.thread.submit(asked, outputs.put)
+        tokens: list[int] = []
+        while True:
+            output = outputs.get(timeout=PATIENCE_S)
+            assert isinstance(output, Output)
+            tokens.append(output.token.token_id)
+            if output.request_finished:
+                return tokens
+
+    def ticket(self, asked: EngineRequest, **changed: object) -> bytes:
+        expires_unix_ms = int(time.time() * 1000) + 30_000
+        keys = asked.keys.tobytes()
+        ticket = TransferTicket(self.holder.worker_id, self.holder.epoch, expires_unix_ms, keys, self.holder.offers)
+        return sign(SECRET, replace(ticket, **changed))  # type: ignore[arg-type]
+
+    def status(self) -> EngineStatus:
+        return self.thread.call(self.thread.engine.status).result(PATIENCE_S)
+
+    def nothing_is_held(self) -> None:
+        """Wait for leases to be released; then every block is accounted for."""
+        deadline = time.monotonic() + PATIENCE_S
+        while self.status().blocks_in_use or len(self.holder.leases):
+            assert time.monotonic() < deadline, "blocks are still held"
+            time.sleep(0.005)
+        self.thread.call(lambda: idle_and_nothing_lost(self.thread.engine)).result(PATIENCE_S)
+
+
+@contextmanager
+def two(transports: Sequence[Transport] = (LocalTransport(),)) -> Iterator[tuple[Peer, Peer]]:
+    """Holder and puller; nothing may be held at the end."""
+    with ExitStack() as stack:
+        peers = Peer("a", stack, transports), Peer("b", stack, transports)
+        yield peers
+        for peer in peers:
+            peer.nothing_is_held()
+
+
+def prompt(name: str, tokens: list[int] = PROMPT, **fields: object) -> EngineRequest:
+    return request(name, tokens, **fields)  # type: ignore[arg-type]
+
+
+def expected(tokens: list[int] = PROMPT) -> list[int]:
+    return reference_answer(tokens, GREEDY, 0, CONFIG.max_model_len)
+
+
+@pytest.mark.parametrize("transport", [LocalTransport(), TcpTransport()], ids=lambda transport: transport.name)
+def test_what_a_peer_holds_is_pulled_and_not_computed(transport: Transport) -> None:
+    """All full blocks of the prompt come over; the answer is that of one engine; events tell of the blocks."""
+    with two([transport]) as (a, b):
+        a.answer(prompt("first"))
+        asyncio.run(b.peers.fetch(prompt("second"), a.ticket(prompt("second"))))
+        assert b.answer(prompt("second")) == expected()
+        assert b.thread.engine.event_log.snapshot().block_hashes.size >= 10
+        status = b.status()
+        assert status.cached_prompt_tokens == 40
+        assert (status.transfers.pulled_blocks, status.transfers.pulled_bytes) == (10, 10 * LAYOUT.block_bytes)
+        assert (status.transfers.pull_transport, status.transfers.pulls_short) == (transport.name, 0)
+        assert a.status().transfers.lent_blocks == 10
+
+
+def test_only_what_is_lacking_travels() -> None:
+    """Three blocks are here already: seven come. A second fetch brings nothing, and asks nobody."""
+    with two() as (a, b):
+        a.answer(prompt("first"))
+        b.answer(prompt("short", PROMPT[:13]))
+        for _ in range(2):
+            asyncio.run(b.peers.fetch(prompt("second"), a.ticket(prompt("second"))))
+        assert b.answer(prompt("second")) == expected()
+        assert (b.status().transfers.pulls, b.status().transfers.pulled_blocks) == (1, 7)
+
+
+def test_a_peer_that_holds_less_than_the_ticket_says_gives_what_it_has() -> None:
+    """The rest is computed."""
+    with two() as (a, b):
+        a.answer(prompt("first", PROMPT[:21]))
+        asyncio.run(b.peers.fetch(prompt("second"), a.ticket(prompt("second"))))
+        assert b.answer(prompt("second")) == expected()
+        assert b.status().cached_prompt_tokens == 20
+        assert b.status().transfers.pulls_short == 1
+
+
+BAD_TICKETS = {
+    "expired": {"expires_unix_ms": 1},
+    "of an earlier epoch": {"epoch": 6},
+    "for another worker": {"holder": "c"},
+    "to nowhere": {"offers": ("tcp://127.0.0.1:9",)},
+    "without offers": {"offers": ()},
+    "for other keys": {"keys": bytes(160)},
+}
+
+
+@pytest.mark.parametrize("changed", BAD_TICKETS.values(), ids=BAD_TICKETS)
+def test_a_ticket_that_does_not_hold_costs_a_computation(changed: dict[str, object]) -> None:
+    """Nothing is pulled, nothing is held, and the answer is the same."""
+    with two([LocalTransport(), TcpTransport()]) as (a, b):
+        a.answer(prompt("first"))
+        asyncio.run(b.peers.fetch(prompt("second"), a.ticket(prompt("second"), **changed)))
+        assert b.answer(prompt("second")) == expected()
+        assert b.status().transfers.pulled_blocks == 0
+
+
+def test_a_ticket_of_somebody_else_and_rubbish_are_not_believed() -> None:
+    """Nobody is asked for anything."""
+    with two() as (a, b):
+        a.answer(prompt("first"))
+        for signed in (a.ticket(prompt("second"))[:-1] + b"?", b"rubbish"):
+            asyncio.run(b.peers.fetch(prompt("second"), signed))
+        assert b.status().transfers.pulls == a.status().transfers.lent_blocks == 0
+
+
+class Gate:
+    """A transport that stops before it opens a way."""
+
+    name = "local"
+
+    def __init__(self) -> None:
+        self.reached, self.open = threading.Event(), threading.Event()
+        self._inner = LocalTransport()
+
+    def reaches(self, offer: object) -> bool:
+        return self._inner.reaches(offer)  # type: ignore[arg-type]
+
+    def connect(self, offer: object, deadline: Deadline) -> object:
+        self.reached.set()
+        while not self.open.wait(0.005):
+            deadline.left()
+        return self._inner.connect(offer, deadline)  # type: ignore[arg-type]
+
+
+def test_the_engine_goes_on_while_blocks_are_pulled() -> None:
+    """Others are answered meanwhile, by the worker that pulls."""
+    gate = Gate()
+    with two([gate]) as (a, b):  # type: ignore[list-item]
+        a.answer(prompt("first"))
+        pulling = threading.Thread(target=lambda: asyncio.run(b.peers.fetch(prompt("r"), a.ticket(prompt("r")))))
+        pulling.start()
+        assert gate.reached.wait(PATIENCE_S)
+        other = [5] * 30
+        assert b.answer(prompt("other", other)) == expected(other)
+        assert b.status().blocks_in_use == 10
+        gate.open.set()
+        pulling.join()
+        assert b.answer(prompt("r")) == expected()
+        assert b.status().transfers.pulled_blocks == 10
+
+
+def test_a_client_that_goes_away_ends_the_pull() -> None:
+    """Its slots come back."""
+    gate = Gate()
+
+    async def leave(a: Peer, b: Peer) -> None:
+        fetching = asyncio.create_task(b.peers.fetch(prompt("r"), a.ticket(prompt("r"))))
+        await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+        fetching.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await fetching
+
+    with two([gate]) as (a, b):  # type: ignore[list-item]
+        a.answer(prompt("first"))
+        asyncio.run(leave(a, b))
+        b.nothing_is_held()
+        assert b.status().transfers.pulled_blocks == 0
+
+
+def test_the_cache_is_cleared_while_others_read_and_pull() -> None:
+    """What was pinned stays as it was until it is given back, and is then free."""
+    gate = Gate()
+    with two([gate]) as (a, b):  # type: ignore[list-item]
+        a.answer(prompt("first"))
+        ticket = a.holder.lease([key.tobytes() for key in prompt("r").keys])
+        held = a.status().blocks_in_use
+        pulling = threading.Thread(target=lambda: asyncio.run(b.peers.fetch(prompt("r"), ticket)))
+        pulling.start()
+        assert gate.reached.wait(PATIENCE_S)
+        for peer in (a, b):
+            peer.thread.call(peer.thread.engine.clear_cache).result(PATIENCE_S)
+        a.answer(prompt("other", [8] * 60))
+        assert held == 10
+        gate.open.set()
+        pulling.join()
+        assert b.answer(prompt("r")) == expected()
+        assert b.status().transfers.pulled_blocks == 10
