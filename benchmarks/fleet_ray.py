@@ -25,6 +25,7 @@ from deploy.fleet.reading import parse_fleet
 from router.client import Client
 
 NODES = 3
+STARTS = 3  # Ray gives a node 30 s, and a busy machine may need longer
 ROUNDS, QUICK_ROUNDS = 5, 2
 OBJECT_STORE_BYTES = 80 * 2**20
 FLEET = """
@@ -51,14 +52,9 @@ def main() -> None:
 def measured(rounds: int) -> list[Row]:
     """A fleet that is deployed, hurt and ended so many times."""
     import ray
-    from ray.cluster_utils import Cluster
 
     began = time.perf_counter()
-    node = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES}
-    cluster: Any = Cluster(initialize_head=True, head_node_args={**node, "include_dashboard": False})
-    for _ in range(NODES - 1):
-        cluster.add_node(**node)
-    cluster.wait_for_nodes()
+    cluster = _cluster()
     ray.init(address=cluster.address, logging_level=logging.ERROR, log_to_driver=False)
     print(f"{NODES} nodes are up after {time.perf_counter() - began:.1f} s", file=sys.stderr)
     try:
@@ -71,6 +67,26 @@ def measured(rounds: int) -> list[Row]:
         row("deploy to first answer", "s", figure(deploy for deploy, _ in times), note=note),
         row("killed worker to serving", "s", figure(restart for _, restart in times), note="at both routers"),
     ]
+
+
+def _cluster() -> Any:
+    from ray.cluster_utils import Cluster
+
+    node = {"num_cpus": 2, "object_store_memory": OBJECT_STORE_BYTES}
+    for tries_left in reversed(range(STARTS)):
+        cluster: Any = Cluster()
+        try:
+            cluster.add_node(**node, include_dashboard=False)
+            for _ in range(NODES - 1):
+                cluster.add_node(**node)
+            cluster.wait_for_nodes()
+            return cluster
+        except Exception as error:
+            cluster.shutdown()
+            if not tries_left:
+                raise
+            print(f"{str(error).splitlines()[0]}; trying again", file=sys.stderr)
+    raise AssertionError("unreachable")
 
 
 def _round(address: str) -> tuple[float, float]:
