@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 
 from rhizome.errors import Conflict, InvalidRequest, NotServed, Overloaded, Unavailable
+from rhizome.transfer_ticket import check_offers
 from rhizome.validate import check_name
 
 LEASE_S = 3.0
@@ -49,6 +50,7 @@ class WorkerInfo:
     role: Role = Role.BOTH
     events_url: str = ""  # where its KV events are read; empty: at its address
     fetch_token_s: float = 0.0  # to pull a token's KV from another worker; 0: it cannot
+    transfer_offers: tuple[str, ...] = ()  # where others may pull its blocks
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +78,12 @@ class WorkerReport:
     cached_prompt_tokens: int = 0
     host_cached_prompt_tokens: int = 0
     next_event_seq: int = 0  # of its event log; 0: not told
+    pulls: int = 0
+    pulls_short: int = 0
+    pulled_blocks: int = 0
+    pulled_bytes: int = 0
+    pull_transport: str = ""
+    lent_blocks: int = 0
     prefilled_request_ids: tuple[str, ...] = ()
     finished_request_ids: tuple[str, ...] = ()
 
@@ -117,6 +125,9 @@ def check_worker(info: WorkerInfo) -> None:
     for field, number in positive.items():
         if number < 1:
             raise InvalidRequest(field, number, "at least 1")
+    if not 0 <= info.fetch_token_s < 1:
+        raise InvalidRequest("fetch_token_s", info.fetch_token_s, "0 to 1 second for a token")
+    check_offers("transfer_offers", info.transfer_offers)
 
 
 class Fleet:

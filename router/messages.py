@@ -122,6 +122,8 @@ def worker_info(request: fleet_pb2.RegisterRequest) -> WorkerInfo:
         max_waiting=request.max_waiting,
         max_batched_tokens=request.max_batched_tokens,
         events_url=request.events_url,
+        fetch_token_s=request.fetch_token_s,
+        transfer_offers=tuple(request.transfer_offers),
     )
 
 

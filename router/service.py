@@ -37,6 +37,7 @@ from router.messages import (
 from router.objective import Objective
 from router.observed import Observed, observed_card, observing, parse_observed, warn_of_other_block_sizes
 from router.policies import DEFAULT_POLICY
+from router.pull_tickets import pull_ticket
 from router.registry import RegistryFollower
 from router.trace_recorder import RecordedRequest, TraceRecorder, recording_trace
 from router.whole_tree import TreeSender
@@ -255,7 +256,9 @@ class RouterService:
         return await asyncio.to_thread(prepare, request, card, tokenizer, self._secret, streamed=streamed)
 
     def _sign(self, message: worker_pb2.WorkerGenerateRequest, decision: Decision) -> None:
-        ticket.sign_request(self._secret, message, decision.worker_id, decision.epoch, int(time.time() * 1000))
+        unix_ms = int(time.time() * 1000)
+        ticket.sign_request(self._secret, message, decision.worker_id, decision.epoch, unix_ms)
+        message.pull_ticket = pull_ticket(self._secret, message, decision, self._router.fleet, unix_ms)
 
 
 class FleetService:

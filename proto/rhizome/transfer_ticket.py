@@ -15,6 +15,7 @@ import hashlib
 import hmac
 import os
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from rhizome.errors import Denied, InvalidRequest
@@ -54,11 +55,7 @@ class TransferTicket:
             raise InvalidRequest("ticket.lease_id", self.lease_id, f"{LEASE_ID_BYTES} bytes")
         if not 0 < len(self.keys) <= MAX_KEYS * KEY_BYTES or len(self.keys) % KEY_BYTES:
             raise InvalidRequest("ticket.keys", f"{len(self.keys)} bytes", f"{KEY_BYTES} for each of 1 to {MAX_KEYS}")
-        if len(self.offers) > MAX_OFFERS:
-            raise InvalidRequest("ticket.offers", len(self.offers), f"at most {MAX_OFFERS}")
-        for offer in self.offers:
-            if not 0 < len(offer) <= MAX_OFFER_BYTES or not offer.isascii() or not offer.isprintable():
-                raise InvalidRequest("ticket.offers", offer, f"1 to {MAX_OFFER_BYTES} printable ASCII characters")
+        check_offers("ticket.offers", self.offers)
         if not (0 <= self.epoch < 2**64 and 0 <= self.expires_unix_ms < 2**64):
             raise InvalidRequest("ticket.epoch", (self.epoch, self.expires_unix_ms), "64 bits each")
 
@@ -69,6 +66,15 @@ class TransferTicket:
     def key_list(self) -> list[bytes]:
         """Each block's key."""
         return [self.keys[at : at + KEY_BYTES] for at in range(0, len(self.keys), KEY_BYTES)]
+
+
+def check_offers(field: str, offers: Sequence[str]) -> None:
+    """Raise InvalidRequest for offers that no ticket could hold."""
+    if len(offers) > MAX_OFFERS:
+        raise InvalidRequest(field, len(offers), f"at most {MAX_OFFERS}")
+    for offer in offers:
+        if not 0 < len(offer) <= MAX_OFFER_BYTES or not offer.isascii() or not offer.isprintable():
+            raise InvalidRequest(field, offer, f"1 to {MAX_OFFER_BYTES} printable ASCII characters")
 
 
 def sign(secret: bytes, ticket: TransferTicket) -> bytes:
