@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import closing
 
 import numpy as np
 
 from worker.block_pool import BlockPool
 from worker.transfer.memory import BlockLayout, BlockMemory
+from worker.transfer.puller import Puller, PullResult
+from worker.transfer.transports import Transport
 
 LAYOUT = BlockLayout(4096, tag=b"test-layout-0001")
 
@@ -63,6 +66,19 @@ class PooledHolder:
     def _evicted(self, block: int) -> None:
         for key in [key for key, held in self._by_key.items() if held == block]:
             del self._by_key[key]
+
+
+def pull_once(
+    pool: BlockMemory,
+    transports: Sequence[Transport],
+    ticket: bytes,
+    keys: Sequence[bytes],
+    slots: Sequence[int],
+    deadline_s: float,
+) -> PullResult:
+    """By a puller of its own."""
+    with closing(Puller(pool, transports)) as puller:
+        return puller.pull(ticket, keys, slots, deadline_s)
 
 
 def keys_of(count: int, name: str = "k") -> list[bytes]:

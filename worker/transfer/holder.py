@@ -12,7 +12,7 @@ from typing import TypeAlias
 
 import numpy as np
 
-from rhizome.errors import Conflict, NotServed, Overloaded, RhizomeError
+from rhizome.errors import Conflict, Denied, NotServed, Overloaded, RhizomeError
 from rhizome.transfer_ticket import LEASE_ID_BYTES, TransferTicket, read_signed, sign
 from worker.transfer.digests import bound
 from worker.transfer.errors import Refused
@@ -84,6 +84,7 @@ class Holder:
 
         Raises NotServed if not even the first is held, Overloaded where too much is leased.
         """
+        ttl_s = min(ttl_s, MAX_LEASE_S)
         lease_id, expires_unix_ms = os.urandom(LEASE_ID_BYTES), int((self._wall_clock() + ttl_s) * 1000)
         lease = self._grant(lease_id, keys, ttl_s)
         self._seal_soon(lease)
@@ -170,7 +171,12 @@ class Holder:
         if request.layout != self.memory.layout:
             raise Conflict(f"layout: blocks here are {self.memory.layout}, asked for {request.layout}")
         lease = self.leases.get(ticket.lease_id)
-        return lease or self._grant(ticket.lease_id, ticket.key_list(), (ticket.expires_unix_ms - now_ms) / 1000)
+        if lease is not None:
+            return lease
+        left_s = (ticket.expires_unix_ms - now_ms) / 1000
+        if left_s <= 0:
+            raise Denied("transfer ticket: expires now")
+        return self._grant(ticket.lease_id, ticket.key_list(), left_s)
 
     def _grant(self, lease_id: bytes, keys: Sequence[bytes], ttl_s: float) -> Lease:
         self.expire()

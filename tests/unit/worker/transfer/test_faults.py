@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.block_transfer import PooledHolder, content, held, keys_of, private_memory
+from tests.support.block_transfer import PooledHolder, content, held, keys_of, private_memory, pull_once
 from tests.support.faulty_stream import FAULTS, Fault, FaultyTransport
 from worker.transfer.holder import Holder
 from worker.transfer.memory import BlockLayout
 from worker.transfer.messages import How
-from worker.transfer.puller import Puller, PullResult
+from worker.transfer.puller import PullResult
 
 LAYOUT = BlockLayout(256 << 10)  # four in a batch
 KEYS = keys_of(10)
@@ -32,7 +32,7 @@ class World:
         """Over as many ways as faults, the first one first."""
         self.holder.offers = tuple(f"way{at}://here" for at in range(len(faults)))
         ways = [FaultyTransport(f"way{at}", self.holder, *fault) for at, fault in enumerate(faults)]
-        return Puller(self.pool, ways).pull(self.holder.lease(KEYS), KEYS, SLOTS, 30.0)
+        return pull_once(self.pool, ways, self.holder.lease(KEYS), KEYS, SLOTS, 30.0)
 
     def check(self, result: PullResult) -> None:
         """What counts is right, the rest is zero, and the holder's blocks are free: at once, or when the lease ends."""
@@ -70,7 +70,7 @@ def test_without_a_fault_all_arrives(how: How) -> None:
 
 @pytest.mark.parametrize("kind", [kind for kind in FAULTS if kind != "stalls"])
 def test_the_next_way_goes_on_where_one_broke(kind: str) -> None:
-    """What came over the first way is not sent again, and all of it arrives; but a holder's refusal is the last word."""
+    """What came over the first way is not sent again, and all arrives; but a holder's refusal is the last word."""
     for number in range(MESSAGES - 1):
         world = World()
         result = world.pull((Fault(kind, number), How.IN_STREAM), (Fault("", 99), How.IN_STREAM))

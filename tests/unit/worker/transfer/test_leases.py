@@ -1,0 +1,133 @@
+"""Leases: what is pinned, and for how long."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from itertools import takewhile
+
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from rhizome.errors import NotServed, Overloaded
+from rhizome.transfer_ticket import TransferTicket, read_signed, sign
+from tests.support.block_transfer import LAYOUT, PooledHolder, keys_of, private_memory
+from worker.transfer.holder import Holder
+from worker.transfer.messages import How, PullRequest, encode_pull
+
+KEYS = keys_of(8)
+MAX_BLOCKS = 12
+
+
+class LeasesAsModelled(RuleBasedStateMachine):
+    """A holder beside a list of what should be leased."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = 0.0
+        self.memory = private_memory(20)
+        self.cache = PooledHolder(self.memory)
+        self.cache.store(KEYS)
+        self.holder = Holder(
+            "holder",
+            1,
+            self.memory,
+            self.cache,
+            max_leased_blocks=MAX_BLOCKS,
+            clock=lambda: self.now,
+            wall_clock=lambda: self.now,
+        )
+        self.tickets: list[bytes] = []
+        self.live: dict[bytes, tuple[int, float]] = {}  # lease -> blocks, end
+        self.revoked = 0
+
+    @rule(count=st.integers(1, 10), ttl_s=st.sampled_from([1.0, 5.0, 500.0]))
+    def lease(self, count: int, ttl_s: float) -> None:
+        """For the first keys, of which it holds eight."""
+        self._drop_ended()
+        room = MAX_BLOCKS - sum(blocks for blocks, _ in self.live.values())
+        try:
+            ticket = self.holder.lease([*KEYS, *keys_of(2, "x")][:count], ttl_s)
+        except Overloaded:
+            assert room == 0
+            return
+        told = read_signed(b"", ticket, 0)
+        assert len(told) == min(count, 8, room)
+        self.tickets.append(ticket)
+        self.live[told.lease_id] = (len(told), self.now + min(ttl_s, 60.0))
+
+    @rule(first=st.integers(0, 7), count=st.integers(1, 10))
+    def make_ticket(self, first: int, count: int) -> None:
+        """As a router does: nothing is pinned by that."""
+        keys = b"".join(keys_of(10)[first : first + count])
+        self.tickets.append(sign(b"", TransferTicket("holder", 1, int(1000 * (self.now + 5)), keys, ())))
+
+    @precondition(lambda self: self.tickets)
+    @rule(data=st.data(), how=st.sampled_from(list(How)))
+    def show(self, data: st.DataObject, how: How) -> None:
+        """Any ticket made so far, to pull all that it names."""
+        ticket = data.draw(st.sampled_from(self.tickets))
+        told = read_signed(b"", ticket, 0)
+        self._drop_ended()
+        answer = b"".join(
+            bytes(piece)
+            for pieces in self.holder.serve(encode_pull(PullRequest(ticket, 0, len(told), LAYOUT, how))[12:])
+            for piece in pieces
+        )
+        granted = answer[4] == 129
+        expired = 1000 * self.now >= told.expires_unix_ms
+        room = MAX_BLOCKS - sum(blocks for blocks, _ in self.live.values())
+        held = sum(1 for _ in takewhile(KEYS.__contains__, told.key_list()))
+        assert granted == (not expired and (told.lease_id in self.live or (room > 0 and held > 0)))
+        if granted and told.lease_id not in self.live:
+            self.live[told.lease_id] = (min(held, room), min(told.expires_unix_ms / 1000, self.now + 60))
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def release(self, data: st.DataObject) -> None:
+        """One of those that hold; twice, which is as once."""
+        lease_id = data.draw(st.sampled_from(list(self.live)))
+        self.holder.release(lease_id)
+        self.holder.release(lease_id)
+        del self.live[lease_id]
+
+    @rule(seconds=st.sampled_from([0.5, 3.0, 70.0]), expire=st.booleans())
+    def wait(self, seconds: float, expire: bool) -> None:
+        """Time passes, and is noticed or not."""
+        self.now += seconds
+        if expire:
+            self.holder.expire()
+
+    @invariant()
+    def pinned_is_what_is_leased(self) -> None:
+        """When it is looked at, what ended is free; and a block that was taken back has another generation."""
+        self._drop_ended()
+        self.holder.expire()
+        assert len(self.holder.leases) == len(self.live)
+        leased = sum(blocks for blocks, _ in self.live.values())
+        assert self.holder.leases.blocks == leased <= MAX_BLOCKS
+        assert int(self.memory.generations.sum()) == self.revoked
+        self.cache.pool.check()
+        assert self.cache.pinned <= leased
+        assert bool(self.cache.pinned) == bool(leased)
+
+    def _drop_ended(self) -> None:
+        for lease_id, (blocks, end) in list(self.live.items()):
+            if end <= self.now:
+                del self.live[lease_id]
+                self.revoked += blocks
+
+
+LeasesAsModelled.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
+TestLeasesAsModelled = LeasesAsModelled.TestCase
+
+
+def test_a_cache_is_pinned_by_nobodys_ticket() -> None:
+    """A lease on nothing leaves nothing."""
+    memory = private_memory(4)
+    cache = PooledHolder(memory)
+    holder = Holder("holder", 1, memory, cache)
+    with suppress(NotServed):
+        holder.lease(KEYS)
+    assert holder.leases.blocks == 0
+    cache.check()
