@@ -110,5 +110,9 @@ bench-routing: native
 bench-routing-scale: native
 	$(BIN)/python -m benchmarks.routing_scale $(ARGS)
 
+.PHONY: bench-transfer
+bench-transfer: native
+	$(BIN)/python -m benchmarks.transfer $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

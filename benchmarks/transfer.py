@@ -3,8 +3,8 @@
 256 MiB in blocks of three sizes, in an order of chance on both ends, from a holder's process into this one, each
 process on a core of its own. All ways take turns, round by round: ours over each transport, with digests and without,
 and beside them a per-block memcpy in this process, a bare TCP socket, bare gRPC, and bare NIXL over UCX. A pull begins
-with showing a ticket and ends when all blocks lie verified in their slots; leasing them is not in it, taking their
-digests is.
+with showing a ticket and ends when all blocks lie verified in their slots. Leasing them is not in it: the holder takes
+their digests then, while a ticket is on its way ("limit seal" tells what that takes).
 """
 
 from __future__ import annotations
@@ -91,7 +91,14 @@ def measure(plan: Plan, block_bytes: int, say: Callable[[str], None]) -> list[Ro
         say(f"{name}: {', '.join(f'{way} {plan.total_bytes / np.median(s) / 1e9:.2f}' for way, s in seconds.items())}")
         single = {way: ways[way] for way in ways if not way.endswith("undigested")}
         latency = _timed(single, plan.single_rounds, plan.singles, shuffled(num_blocks, 4)[:1])
-    return [*_rates(plan, name, seconds), *_digest_costs(name, seconds), *_latencies(name, latency)]
+    sealed = figure(plan.total_bytes / each / 1e9 for each in sealing[: plan.rounds])
+    note = "leasing all blocks and taking their digests, in the holder, before a pull"
+    return [
+        *_rates(plan, name, seconds),
+        *_digest_costs(name, seconds),
+        row(f"limit seal {name}", "GB/s", sealed, note=note),
+        *_latencies(name, latency),
+    ]
 
 
 def size_name(block_bytes: int) -> str:
@@ -100,20 +107,22 @@ def size_name(block_bytes: int) -> str:
 
 
 def _ways(stack: ExitStack, memory: BlockMemory, source: BlockMemory, doors: Doors, lease: Lease) -> dict[str, Way]:
+    grpc_transport = GrpcTransport()
+    stack.callback(grpc_transport.close)
     ways: dict[str, Way] = {
         "memcpy": Memcpy(memory, source),
         "bare socket": BareSocket(stack, memory, doors),
         "bare grpc": BareGrpc(stack, memory, doors),
-        "shm": Ours(memory, ShmTransport(), lease),
-        "tcp": Ours(memory, TcpTransport(), lease),
-        "grpc": Ours(memory, GrpcTransport(), lease),
-        "shm undigested": Ours(memory, ShmTransport(verify=False), lease, digests=False),
-        "tcp undigested": Ours(memory, TcpTransport(verify=False), lease, digests=False),
+        "shm": Ours(stack, memory, ShmTransport(), lease),
+        "tcp": Ours(stack, memory, TcpTransport(), lease),
+        "grpc": Ours(stack, memory, grpc_transport, lease),
+        "shm undigested": Ours(stack, memory, ShmTransport(verify=False), lease, digests=False),
+        "tcp undigested": Ours(stack, memory, TcpTransport(verify=False), lease, digests=False),
     }
     if doors.nixl is not None:
         endpoint = NixlEndpoint(memory)
         stack.callback(endpoint.close)
-        ways["nixl"] = Ours(memory, NixlTransport(endpoint), lease)
+        ways["nixl"] = Ours(stack, memory, NixlTransport(endpoint), lease)
         bare = NixlEndpoint(memory)  # an agent of its own, which nobody else calls
         bare.close()
         ways["bare nixl"] = BareNixl(bare.agent, memory, doors)

@@ -54,8 +54,11 @@ class Memcpy:
 class Ours:
     """A pull under a ticket."""
 
-    def __init__(self, memory: BlockMemory, transport: Transport, lease: Lease, *, digests: bool = True) -> None:
+    def __init__(
+        self, stack: ExitStack, memory: BlockMemory, transport: Transport, lease: Lease, *, digests: bool = True
+    ) -> None:
         self._puller = Puller(memory, [transport])
+        stack.callback(self._puller.close)
         self._lease, self._digests = lease, digests
         self._ticket = b""
         self._keys = bench_keys(memory.num_blocks)
