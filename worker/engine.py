@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from kv_events.log import EventLog
-from rhizome.errors import Duplicate
+from rhizome.errors import Duplicate, InvalidRequest
 from worker.answer import Answer, FinishReason, TextDecoder
 from worker.block_claims import Reservation, TransferCounts
 from worker.cached_block import CachedBlock
@@ -158,12 +158,15 @@ class Engine:
         """Accept a request. Raises Duplicate, Overloaded or InvalidRequest; then nothing of it remains."""
         if request.request_id in self._requests:
             raise Duplicate(f"request {request.request_id} is in flight already")
+        if request.answered and request.params.n != 1:
+            raise InvalidRequest("answered", f"{len(request.answered)} tokens", "none where sampling.n is above 1")
+        answers = [self._new_answer(request) for _ in range(request.params.n)]
         sequence = Sequence(request, self._arrivals, forks=request.params.n - 1)
         self.scheduler.add(sequence)
         self._arrivals += 1
-        state = _Request()
-        for choice in range(request.params.n):
-            state.answers[choice] = (sequence, self._new_answer(request))
+        state = _Request(completion_tokens=len(request.answered))
+        for choice, answer in enumerate(answers):
+            state.answers[choice] = (sequence, answer)
         self._requests[request.request_id] = state
 
     def cancel(self, request_id: str) -> None:
@@ -247,7 +250,12 @@ class Engine:
     def _new_answer(self, request: EngineRequest) -> Answer:
         room = self.config.max_model_len - len(request.token_ids)
         max_tokens = min(request.params.max_tokens, room)
-        return Answer(request.params, self._new_decoder(), self._eos_token_ids, max_tokens)
+        answer = Answer(request.params, self._new_decoder(), self._eos_token_ids, max_tokens)
+        for count, token_id in enumerate(request.answered, 1):  # their text was delivered, too
+            if answer.push(token_id)[1] is not None:
+                limit = f"an answer that goes on: this one ended with token {count}"
+                raise InvalidRequest("answered", f"{len(request.answered)} tokens", limit)
+        return answer
 
     def _commit(self, step: list[Scheduled], sampled: list[list[SampledToken]]) -> list[Output]:
         outputs: list[Output] = []
@@ -255,7 +263,7 @@ class Engine:
             self.scheduler.computed(entry)
             if tokens:
                 sequence = entry.sequence
-                if sequence.output_len == 0:
+                if sequence.output_len == len(sequence.request.answered):
                     self._note(sequence.request.request_id, ended=False)
                 for branch, token in zip(self._branches(sequence), tokens, strict=True):
                     outputs.append(self._append(branch, token))

@@ -238,9 +238,9 @@ class Scheduler:
         sequence.computed = len(cached) * self.config.block_size
         sequence.listed = len(cached)
         if sequence.cached_tokens is None:
-            sequence.cached_tokens = sequence.computed
+            sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)  # answered tokens may be cached, too
             self.prompt_tokens += sequence.prompt_len
-            self.cached_prompt_tokens += sequence.computed
+            self.cached_prompt_tokens += sequence.cached_tokens
             self.host_cached_prompt_tokens += len(loads) * self.config.block_size
         insort(self.running, sequence, key=_rank)
         return loads

@@ -24,6 +24,7 @@ class EngineRequest:
     keys: BlockKeys  # of the prompt's full blocks
     priority: int = 0
     bypass_prefix_cache: bool = False
+    answered: tuple[int, ...] = ()  # tokens of the answer that were delivered before: what follows them is wanted
 
 
 @dataclass(slots=True, eq=False)
@@ -52,7 +53,7 @@ class Sequence:
         self.prompt_len = len(self.request.token_ids)
         self.rank = (self.request.priority, self.arrival, self.choice)
         if not self.tokens:
-            self.tokens = list(self.request.token_ids)
+            self.tokens = [*self.request.token_ids, *self.request.answered]
             self._keys = _split(self.request.keys)
         self.length = len(self.tokens)
 

@@ -124,6 +124,7 @@ class WorkerService:
         validate.check_sampling(
             sampling, vocab_size=model.vocab_size, prompt_tokens=prompt_tokens, max_model_len=model.max_model_len
         )
+        answered = _answered(request, model.vocab_size, model.max_model_len - prompt_tokens)
         hasher, keys = self._own_hasher, None
         identity = self._identity
         if ticket.has_valid_ticket(identity.secret, request, identity.worker_id, identity.epoch, self._wall_ms()):
@@ -144,6 +145,7 @@ class WorkerService:
             keys=hasher.keys(tokens) if keys is None else keys,
             priority=request.priority,
             bypass_prefix_cache=request.bypass_prefix_cache,
+            answered=answered,
         )
 
     def _chunk(self, output: Output, *, first: bool) -> generation_pb2.GenerateChunk:
@@ -161,6 +163,24 @@ class WorkerService:
             chunk.usage.cached_tokens = output.cached_tokens
             chunk.usage.completion_tokens = output.completion_tokens
         return chunk
+
+
+def _answered(request: worker_pb2.WorkerGenerateRequest, vocab_size: int, room: int) -> tuple[int, ...]:
+    """The tokens that were delivered before. Without the first part's seed only a greedy answer can go on."""
+    if not request.answered:
+        return ()
+    if len(request.answered) % 4:
+        raise InvalidRequest("answered", len(request.answered), "bytes: 4 for each token")
+    tokens = np.frombuffer(request.answered, "<u4")
+    if len(tokens) >= room:
+        raise InvalidRequest("answered", f"{len(tokens)} tokens", f"below the {room} that the model leaves room for")
+    if tokens.max() >= vocab_size:
+        raise InvalidRequest("answered", int(tokens.max()), f"0 to {vocab_size - 1}")
+    sampling = request.sampling
+    greedy = sampling.HasField("temperature") and sampling.temperature == 0.0
+    if not greedy and not sampling.HasField("seed"):
+        raise InvalidRequest("sampling.seed", None, "the one of the tokens in `answered`")
+    return tuple(tokens.tolist())
 
 
 def _sampling_params(sampling: generation_pb2.SamplingParams, room: int) -> SamplingParams:

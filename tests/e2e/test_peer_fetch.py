@@ -45,7 +45,8 @@ async def until(client: Client, holds: Callable[[dict[str, router_pb2.WorkerEntr
 
 async def fill(client: Client) -> str:
     """Let one worker compute the prefix, and the router know of it."""
-    first = await client.complete(token_ids=[*PREFIX, 251], max_tokens=2, **GREEDY)
+    ask: Ask = {"token_ids": [*PREFIX, 251], "max_tokens": 2, **GREEDY}
+    first = await client.complete(**ask)
     await until(client, lambda known: known[first.worker_id].indexed_blocks >= 93)
     return first.worker_id
 
@@ -93,7 +94,8 @@ def test_a_request_takes_a_busy_workers_prefix_along(tiny_model: Path) -> None:
 
     async def test(_: LocalCluster, client: Client) -> None:
         asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": 24, **GREEDY}
-        whole = await client.complete(**asked, bypass_prefix_cache=True)
+        alone: Ask = {**asked, "bypass_prefix_cache": True}
+        whole = await client.complete(**alone)
         holder = await fill(client)
         tasks = await keep_busy(client, holder)
         answer = await client.complete(**asked)
@@ -117,7 +119,8 @@ def test_the_holder_dies_and_the_rest_is_computed(tiny_model: Path) -> None:
 
     async def test(cluster: LocalCluster, client: Client) -> None:
         asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": 24, **GREEDY}
-        whole = await client.complete(**asked, bypass_prefix_cache=True)
+        alone: Ask = {**asked, "bypass_prefix_cache": True}
+        whole = await client.complete(**alone)
         holder = await fill(client)
         tasks = await keep_busy(client, holder)
         (child,) = [child for child in cluster.workers if child.name == holder]
