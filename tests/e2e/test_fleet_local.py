@@ -24,6 +24,8 @@ from router.client import Client
 from tests.support.processes import wait_until_gone
 from tests.support.redis_server import RedisServer
 
+pytestmark = pytest.mark.timeout(300)
+
 FLEET = """
 name: demo
 model: {simulated: 8b-1xh100}
