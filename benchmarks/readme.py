@@ -53,9 +53,13 @@ ROUTING = {
     "at 100% of round-robin's saturation, s": [
         f"load 1 {what}" for what in ("mean TTFT vs dynamo", "mean TTFT vs dynamo-p16", "short p99 vs dynamo")
     ],
-    "at 80%, s": ["load 0.8 gap to bound host tier", "load 0.8 gap to bound"],
+    "at 80%, s": ["load 0.8 gap to bound host tier, peer fetch", "load 0.8 gap to bound"],
     "beside the best other, s": [
         f"load {load} {what} TTFT vs best other" for load in LOADS for what in ("mean", "p99")
+    ],
+    "mean TTFT at 100%, beside the same undisturbed, s": [
+        "load 1 disturbed",
+        *(f"load 1 step times x{factor}{late}" for factor in ("0.5", "2") for late in ("", ", events late and lost")),
     ],
     "requests/s": ["rate carried", "simulated requests"],
 }
@@ -112,15 +116,14 @@ def routing_section(report: Report) -> str:
     """What routing comes to, trace by trace, and what a decision costs."""
     rows: Rows = {row["what"]: row for row in report["rows"]}
     fleets = list(dict.fromkeys(found.group(1, 2) for what in rows if (found := FLEET.match(what))))
-    parts = [_measured_on(report), _alone(rows, [what for what in rows if what.startswith(("decision ", "Route "))])]
+    decisions = [what for what in rows if not FLEET.match(what)]
+    parts = [_measured_on(report), *([_alone(rows, decisions)] if decisions else [])]
     for title, lines in ROUTING.items():
         columns = [f"{trace}, N = {workers}" for trace, workers in fleets]
         grid = [(line, [f"{trace} N{workers} {line}" for trace, workers in fleets]) for line in lines]
         if any(name in rows for _, names in grid for name in names):
             parts.append(_grid(title, columns, grid, rows))
-    told = {name for lines in ROUTING.values() for line in lines for name in (f"{t} N{w} {line}" for t, w in fleets)}
-    rest = [what for what in rows if what not in told and not what.startswith(("decision ", "Route "))]
-    return "\n\n".join([*parts, *([_alone(rows, rest)] if rest else []), _verdict(report)])
+    return "\n\n".join([*parts, _verdict(report)])
 
 
 def routing_scale_section(report: Report) -> str:
