@@ -63,7 +63,7 @@ class Plan:
 
 
 FULL = Plan()
-QUICK = Plan(total_bytes=64 << 20, rounds=7, single_rounds=6)
+QUICK = Plan(total_bytes=64 << 20, rounds=5, single_rounds=4, singles=15)
 
 
 def measure(plan: Plan, block_bytes: int, say: Callable[[str], None]) -> list[Row]:

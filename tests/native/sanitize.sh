@@ -9,6 +9,7 @@ tests=(
     tests/contract/test_{prefix_tree*,wire_streams}.py
     tests/unit/radix/test_{digest,held,hashing,snapshot,native_stub}.py
     tests/unit/kv_events/test_{columns,wire}.py
+    tests/unit/worker/transfer/test_memory.py
 )
 # ThreadSanitizer cannot run where addresses are randomized more than it knows.
 fixed=()

@@ -9,7 +9,7 @@ from importlib import metadata
 
 PACKAGES = {"deploy", "kv_events", "radix", "rhizome", "router", "worker"}
 SUFFIXES = {".py", ".pyi", ".typed", ".pyc"}  # and the extension; no C++, no .proto
-EXTRAS = {"torch", "safetensors", "ray"}  # not there in an environment without the extras "worker" and "ray"
+EXTRAS = {"torch", "safetensors", "xxhash", "ray"}  # not there without the extras "worker" and "ray"
 
 
 def main(backend: str) -> None:
