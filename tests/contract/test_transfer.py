@@ -31,7 +31,7 @@ from worker.transfer.transports.tcp import TcpTransport
 SECRET = b"a fleet's secret"
 PATIENCE_S = 30.0
 BLOCKS = 48
-LARGE = BlockLayout(512 << 10, tag=LAYOUT.tag)  # two in a batch
+LARGE = BlockLayout(2 << 20, tag=LAYOUT.tag)  # two in a batch of a stream
 PLANES = BlockLayout(24_000, planes=6, tag=LAYOUT.tag)
 
 TRANSPORTS = ("local", "shm", "tcp", "grpc", "nixl")

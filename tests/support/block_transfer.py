@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from contextlib import closing
+from functools import lru_cache
 
 import numpy as np
 
@@ -86,6 +87,7 @@ def keys_of(count: int, name: str = "k") -> list[bytes]:
     return [f"{name}{number:015d}".encode()[:16].ljust(16, b".") for number in range(count)]
 
 
+@lru_cache(maxsize=64)
 def content(key: bytes, layout: BlockLayout) -> bytes:
     """What a block with that key holds: no byte is 0."""
     seed = int.from_bytes(key, "little")

@@ -115,7 +115,7 @@ class ShmChannel(StreamChannel):
             if not copied:
                 return
             span, found = copied.popleft()
-            told = self.batch(len(found), [], deadline)
+            told = self.head(len(found), deadline)
             if (source.generations[grant.blocks[span]] != grant.generations[span]).any():
                 raise Refused(LEASE_ENDED)
             yield Batch(told, found if self.verify else None)

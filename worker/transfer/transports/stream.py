@@ -26,6 +26,8 @@ from worker.transfer.messages import (
 )
 from worker.transfer.transports import Batch
 
+DIGESTED_BYTES = 512 << 10  # received at a time, then digested: while they are in the processor's cache
+
 
 class Stream(Protocol):
     """A puller's end."""
@@ -73,22 +75,32 @@ class StreamChannel:
 
     def fetch(self, grant: Grant, memory: BlockMemory, slots: Sequence[int], deadline: Deadline) -> Generator[Batch]:
         """See Channel."""
+        step = max(1, DIGESTED_BYTES // memory.layout.block_bytes) if self.verify else grant.batch_blocks
         for batch in grant.batches():
-            there = [slots[position] for position in batch]
-            told = self.batch(len(batch), memory.views(there), deadline)
-            yield Batch(told, memory.digests(there) if self.verify else None)
+            told = self.head(len(batch), deadline)
+            found: list[int] = []
+            for start in range(batch.start, batch.stop, step):
+                some = slots[start : min(start + step, batch.stop)]
+                self._fill(memory.views(some), deadline)
+                if self.verify:
+                    found += memory.digests(some)
+            yield Batch(told, found if self.verify else None)
 
-    def batch(self, blocks: int, views: Sequence[memoryview], deadline: Deadline) -> list[int]:
-        """Read a batch's head, and what follows into the views. The digests."""
+    def head(self, blocks: int, deadline: Deadline) -> list[int]:
+        """Read a batch's head: what is told of its blocks."""
         head = bytearray(batch_head_size(blocks))
-        came = self.stream.read_into([memoryview(head), *views], deadline)
+        came = self.stream.read_into([memoryview(head)], deadline)
         if came < BATCH.size:
             raise TransferFailed(f"the holder hung up, {came} bytes into a batch's head")
-        digests = read_batch_head(head, blocks)
-        due = len(head) + sum(map(len, views))
+        told = read_batch_head(head, blocks)
+        if came < len(head):
+            raise TransferFailed(f"the holder hung up, {came} bytes into a batch's head")
+        return told
+
+    def _fill(self, views: Sequence[memoryview], deadline: Deadline) -> None:
+        came, due = self.stream.read_into(views, deadline), sum(map(len, views))
         if came < due:
-            raise TransferFailed(f"the holder hung up, {came} bytes into a batch of {due}")
-        return digests
+            raise TransferFailed(f"the holder hung up, {came} bytes into blocks of {due}")
 
     def release(self, lease_id: bytes) -> None:
         """See Channel."""

@@ -11,7 +11,7 @@ from worker.transfer.memory import BlockLayout
 from worker.transfer.messages import How
 from worker.transfer.puller import PullResult
 
-LAYOUT = BlockLayout(256 << 10)  # four in a batch
+LAYOUT = BlockLayout(1 << 20)  # four in a batch
 KEYS = keys_of(10)
 SLOTS = [3, 11, 0, 7, 5, 1, 9, 2, 10, 6]
 MESSAGES = 5  # PULL, GRANT with the first batch, two batches, RELEASE
