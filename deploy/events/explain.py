@@ -115,7 +115,7 @@ async def _holdings(
     client: Client, decision: Decision, entries: dict[str, WorkerEntry], hashes: Hashes
 ) -> list[Holding]:
     """Those that hold anything, and all candidates; who holds most comes first."""
-    candidates = {candidate.worker_id: candidate.cached_tokens for candidate in decision.candidates}
+    candidates = {each.worker_id: each.cached_tokens - each.fetched_tokens for each in decision.candidates}
     tokens = candidates | {overlap.worker_id: overlap.cached_tokens for overlap in decision.observed}
     sizes = {name: entry.model.block_size for name, entry in entries.items()}
     size = _block_size(decision, entries)
@@ -243,11 +243,13 @@ def _tiers_text(holding: Holding) -> str:
 _TERMS = (
     "candidate",
     "cached",
+    "fetched",
     "to compute",
     "queued",
     "running",
     "free",
     "queue s",
+    "fetch s",
     "prefill s",
     "decode s",
     "TTFT s",
@@ -257,10 +259,11 @@ _TERMS = (
 def _row(candidate: Candidate) -> list[str]:
     counts = (
         candidate.cached_tokens,
+        candidate.fetched_tokens,
         candidate.prefill_tokens,
         candidate.queued_prefill_tokens,
         candidate.running,
         candidate.free_blocks,
     )
-    times = (candidate.queue_s, candidate.prefill_s, candidate.decode_s, candidate.predicted_ttft_s)
+    times = (candidate.queue_s, candidate.fetch_s, candidate.prefill_s, candidate.decode_s, candidate.predicted_ttft_s)
     return [printable(candidate.worker_id), *(f"{count:,}" for count in counts), *(f"{time:.4f}" for time in times)]
