@@ -27,7 +27,7 @@ from rhizome.v1 import generation_pb2 as rhizome_dot_v1_dot_generation__pb2
 from rhizome.v1 import worker_pb2 as rhizome_dot_v1_dot_worker__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rhizome/v1/router.proto\x12\nrhizome.v1\x1a\x16rhizome/v1/fleet.proto\x1a\x1brhizome/v1/generation.proto\x1a\x17rhizome/v1/worker.proto\"\xb4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.rhizome.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.rhizome.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.rhizome.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x1b\n\x13\x62ypass_prefix_cache\x18\t \x01(\x08\x12\x12\n\nsession_id\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\tB\x08\n\x06prompt\"\xac\x02\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x0f\n\x07queue_s\x18\x07 \x01(\x01\x12\x11\n\tprefill_s\x18\x08 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\t \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\n \x01(\x01\x12\x10\n\x08memory_s\x18\x0b \x01(\x01\x12\r\n\x05score\x18\x0c \x01(\x01\x12\x16\n\x0e\x66\x65tched_tokens\x18\r \x01(\r\x12\x0f\n\x07\x66\x65tch_s\x18\x0e \x01(\x01\"\xcc\x01\n\x08\x44\x65\x63ision\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12)\n\ncandidates\x18\x05 \x03(\x0b\x32\x15.rhizome.v1.Candidate\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x01(\x0c\x12%\n\x08observed\x18\x07 \x03(\x0b\x32\x13.rhizome.v1.Overlap\x12\x0e\n\x06held_s\x18\x08 \x01(\x01\"3\n\x07Overlap\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"\x83\x01\n\rRouteResponse\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x14.rhizome.v1.Decision\x12\x16\n\x0eworker_address\x18\x02 \x01(\t\x12\x32\n\x07request\x18\x03 \x01(\x0b\x32!.rhizome.v1.WorkerGenerateRequest\"\x14\n\x12ListWorkersRequest\"\xbf\x04\n\x0bWorkerEntry\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.rhizome.v1.WorkerRole\x12$\n\x05model\x18\x05 \x01(\x0b\x32\x15.rhizome.v1.ModelCard\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x14\n\x0clease_left_s\x18\x07 \x01(\x01\x12\x11\n\tin_flight\x18\x08 \x01(\r\x12(\n\x06status\x18\t \x01(\x0b\x32\x18.rhizome.v1.WorkerStatus\x12\x16\n\x0eindexed_blocks\x18\n \x01(\x04\x12\x14\n\x0cindex_digest\x18\x0b \x01(\x0c\x12\x16\n\x0enext_event_seq\x18\x0c \x01(\x04\x12\x14\n\x0cindex_synced\x18\r \x01(\x08\x12\x0f\n\x07resyncs\x18\x0e \x01(\x04\x12\x12\n\nevents_url\x18\x0f \x01(\t\x12\x16\n\x0e\x65vents_applied\x18\x10 \x01(\x04\x12\x18\n\x10\x65vents_duplicate\x18\x11 \x01(\x04\x12\x14\n\x0c\x65vents_stale\x18\x12 \x01(\x04\x12\x12\n\nevent_gaps\x18\x13 \x01(\x04\x12\x19\n\x11\x64igest_mismatches\x18\x14 \x01(\x04\x12\x18\n\x10\x65vents_malformed\x18\x15 \x01(\x04\x12,\n\x0bpredictions\x18\x16 \x01(\x0b\x32\x17.rhizome.v1.Predictions\x12\x0c\n\x04pace\x18\x17 \x01(\x01\"|\n\x0bPredictions\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x18\n\x10predicted_mean_s\x18\x02 \x01(\x01\x12\x17\n\x0fobserved_mean_s\x18\x03 \x01(\x01\x12\x13\n\x0b\x65rror_p50_s\x18\x04 \x01(\x01\x12\x13\n\x0b\x65rror_p90_s\x18\x05 \x01(\x01\"m\n\x13ListWorkersResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.rhizome.v1.WorkerEntry\x12,\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x17.rhizome.v1.Predictions\"$\n\x0fGetIndexRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"j\n\nIndexChunk\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x04\x12\x14\n\x0c\x62lock_hashes\x18\x05 \x01(\x0c\"7\n\x0eGetTreeRequest\x12\x0f\n\x07hottest\x18\x01 \x01(\r\x12\x14\n\x0cwithout_tree\x18\x02 \x01(\x08\"~\n\tTreeChunk\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12&\n\x07hottest\x18\x02 \x03(\x0b\x32\x15.rhizome.v1.HotPrefix\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"<\n\tHotPrefix\x12\x12\n\nblock_hash\x18\x01 \x01(\x04\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x0c\n\x04hits\x18\x03 \x01(\r\"9\n\x12SetDrainingRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"\x15\n\x13SetDrainingResponse\"\x14\n\x12\x43learCachesRequest\"%\n\x13\x43learCachesResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r2\xc0\x04\n\x06Router\x12\x44\n\x08Generate\x12\x1b.rhizome.v1.GenerateRequest\x1a\x19.rhizome.v1.GenerateChunk0\x01\x12?\n\x05Route\x12\x1b.rhizome.v1.GenerateRequest\x1a\x19.rhizome.v1.RouteResponse\x12<\n\x07\x45xplain\x12\x1b.rhizome.v1.GenerateRequest\x1a\x14.rhizome.v1.Decision\x12N\n\x0bListWorkers\x12\x1e.rhizome.v1.ListWorkersRequest\x1a\x1f.rhizome.v1.ListWorkersResponse\x12\x41\n\x08GetIndex\x12\x1b.rhizome.v1.GetIndexRequest\x1a\x16.rhizome.v1.IndexChunk0\x01\x12>\n\x07GetTree\x12\x1a.rhizome.v1.GetTreeRequest\x1a\x15.rhizome.v1.TreeChunk0\x01\x12N\n\x0bSetDraining\x12\x1e.rhizome.v1.SetDrainingRequest\x1a\x1f.rhizome.v1.SetDrainingResponse\x12N\n\x0b\x43learCaches\x12\x1e.rhizome.v1.ClearCachesRequest\x1a\x1f.rhizome.v1.ClearCachesResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rhizome/v1/router.proto\x12\nrhizome.v1\x1a\x16rhizome/v1/fleet.proto\x1a\x1brhizome/v1/generation.proto\x1a\x17rhizome/v1/worker.proto\"\xb4\x02\n\x0fGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x0e\n\x04text\x18\x03 \x01(\tH\x00\x12(\n\x04\x63hat\x18\x04 \x01(\x0b\x32\x18.rhizome.v1.ChatMessagesH\x00\x12)\n\ttoken_ids\x18\x05 \x01(\x0b\x32\x14.rhizome.v1.TokenIdsH\x00\x12,\n\x08sampling\x18\x06 \x01(\x0b\x32\x1a.rhizome.v1.SamplingParams\x12\x10\n\x08priority\x18\x07 \x01(\x05\x12\x0e\n\x06policy\x18\x08 \x01(\t\x12\x1b\n\x13\x62ypass_prefix_cache\x18\t \x01(\x08\x12\x12\n\nsession_id\x18\n \x01(\t\x12\x0e\n\x06tenant\x18\x0b \x01(\tB\x08\n\x06prompt\"\xac\x02\n\tCandidate\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\x12\x16\n\x0eprefill_tokens\x18\x03 \x01(\r\x12\x1d\n\x15queued_prefill_tokens\x18\x04 \x01(\x04\x12\x0f\n\x07running\x18\x05 \x01(\r\x12\x13\n\x0b\x66ree_blocks\x18\x06 \x01(\r\x12\x0f\n\x07queue_s\x18\x07 \x01(\x01\x12\x11\n\tprefill_s\x18\x08 \x01(\x01\x12\x10\n\x08\x64\x65\x63ode_s\x18\t \x01(\x01\x12\x18\n\x10predicted_ttft_s\x18\n \x01(\x01\x12\x10\n\x08memory_s\x18\x0b \x01(\x01\x12\r\n\x05score\x18\x0c \x01(\x01\x12\x16\n\x0e\x66\x65tched_tokens\x18\r \x01(\r\x12\x0f\n\x07\x66\x65tch_s\x18\x0e \x01(\x01\"\xe6\x01\n\x08\x44\x65\x63ision\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x0e\n\x06policy\x18\x02 \x01(\t\x12\x0e\n\x06reason\x18\x03 \x01(\t\x12\x15\n\rprompt_tokens\x18\x04 \x01(\r\x12)\n\ncandidates\x18\x05 \x03(\x0b\x32\x15.rhizome.v1.Candidate\x12\x14\n\x0c\x62lock_hashes\x18\x06 \x01(\x0c\x12%\n\x08observed\x18\x07 \x03(\x0b\x32\x13.rhizome.v1.Overlap\x12\x0e\n\x06held_s\x18\x08 \x01(\x01\x12\x18\n\x10\x64\x65\x63ode_worker_id\x18\t \x01(\t\"3\n\x07Overlap\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x15\n\rcached_tokens\x18\x02 \x01(\r\"\x83\x01\n\rRouteResponse\x12&\n\x08\x64\x65\x63ision\x18\x01 \x01(\x0b\x32\x14.rhizome.v1.Decision\x12\x16\n\x0eworker_address\x18\x02 \x01(\t\x12\x32\n\x07request\x18\x03 \x01(\x0b\x32!.rhizome.v1.WorkerGenerateRequest\"\x14\n\x12ListWorkersRequest\"\xbf\x04\n\x0bWorkerEntry\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07\x61\x64\x64ress\x18\x03 \x01(\t\x12$\n\x04role\x18\x04 \x01(\x0e\x32\x16.rhizome.v1.WorkerRole\x12$\n\x05model\x18\x05 \x01(\x0b\x32\x15.rhizome.v1.ModelCard\x12\x10\n\x08\x64raining\x18\x06 \x01(\x08\x12\x14\n\x0clease_left_s\x18\x07 \x01(\x01\x12\x11\n\tin_flight\x18\x08 \x01(\r\x12(\n\x06status\x18\t \x01(\x0b\x32\x18.rhizome.v1.WorkerStatus\x12\x16\n\x0eindexed_blocks\x18\n \x01(\x04\x12\x14\n\x0cindex_digest\x18\x0b \x01(\x0c\x12\x16\n\x0enext_event_seq\x18\x0c \x01(\x04\x12\x14\n\x0cindex_synced\x18\r \x01(\x08\x12\x0f\n\x07resyncs\x18\x0e \x01(\x04\x12\x12\n\nevents_url\x18\x0f \x01(\t\x12\x16\n\x0e\x65vents_applied\x18\x10 \x01(\x04\x12\x18\n\x10\x65vents_duplicate\x18\x11 \x01(\x04\x12\x14\n\x0c\x65vents_stale\x18\x12 \x01(\x04\x12\x12\n\nevent_gaps\x18\x13 \x01(\x04\x12\x19\n\x11\x64igest_mismatches\x18\x14 \x01(\x04\x12\x18\n\x10\x65vents_malformed\x18\x15 \x01(\x04\x12,\n\x0bpredictions\x18\x16 \x01(\x0b\x32\x17.rhizome.v1.Predictions\x12\x0c\n\x04pace\x18\x17 \x01(\x01\"|\n\x0bPredictions\x12\x10\n\x08requests\x18\x01 \x01(\x04\x12\x18\n\x10predicted_mean_s\x18\x02 \x01(\x01\x12\x17\n\x0fobserved_mean_s\x18\x03 \x01(\x01\x12\x13\n\x0b\x65rror_p50_s\x18\x04 \x01(\x01\x12\x13\n\x0b\x65rror_p90_s\x18\x05 \x01(\x01\"m\n\x13ListWorkersResponse\x12(\n\x07workers\x18\x01 \x03(\x0b\x32\x17.rhizome.v1.WorkerEntry\x12,\n\x0bpredictions\x18\x02 \x01(\x0b\x32\x17.rhizome.v1.Predictions\"$\n\x0fGetIndexRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\"j\n\nIndexChunk\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x03 \x01(\x0c\x12\x14\n\x0ctotal_blocks\x18\x04 \x01(\x04\x12\x14\n\x0c\x62lock_hashes\x18\x05 \x01(\x0c\"7\n\x0eGetTreeRequest\x12\x0f\n\x07hottest\x18\x01 \x01(\r\x12\x14\n\x0cwithout_tree\x18\x02 \x01(\x08\"~\n\tTreeChunk\x12\x12\n\nworker_ids\x18\x01 \x03(\t\x12&\n\x07hottest\x18\x02 \x03(\x0b\x32\x15.rhizome.v1.HotPrefix\x12\x12\n\nblock_size\x18\x03 \x01(\r\x12\x13\n\x0btotal_bytes\x18\x04 \x01(\x04\x12\x0c\n\x04\x64\x61ta\x18\x05 \x01(\x0c\"<\n\tHotPrefix\x12\x12\n\nblock_hash\x18\x01 \x01(\x04\x12\r\n\x05\x64\x65pth\x18\x02 \x01(\r\x12\x0c\n\x04hits\x18\x03 \x01(\r\"9\n\x12SetDrainingRequest\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\x10\n\x08\x64raining\x18\x02 \x01(\x08\"\x15\n\x13SetDrainingResponse\"\x14\n\x12\x43learCachesRequest\"%\n\x13\x43learCachesResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r2\xc0\x04\n\x06Router\x12\x44\n\x08Generate\x12\x1b.rhizome.v1.GenerateRequest\x1a\x19.rhizome.v1.GenerateChunk0\x01\x12?\n\x05Route\x12\x1b.rhizome.v1.GenerateRequest\x1a\x19.rhizome.v1.RouteResponse\x12<\n\x07\x45xplain\x12\x1b.rhizome.v1.GenerateRequest\x1a\x14.rhizome.v1.Decision\x12N\n\x0bListWorkers\x12\x1e.rhizome.v1.ListWorkersRequest\x1a\x1f.rhizome.v1.ListWorkersResponse\x12\x41\n\x08GetIndex\x12\x1b.rhizome.v1.GetIndexRequest\x1a\x16.rhizome.v1.IndexChunk0\x01\x12>\n\x07GetTree\x12\x1a.rhizome.v1.GetTreeRequest\x1a\x15.rhizome.v1.TreeChunk0\x01\x12N\n\x0bSetDraining\x12\x1e.rhizome.v1.SetDrainingRequest\x1a\x1f.rhizome.v1.SetDrainingResponse\x12N\n\x0b\x43learCaches\x12\x1e.rhizome.v1.ClearCachesRequest\x1a\x1f.rhizome.v1.ClearCachesResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -39,37 +39,37 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_CANDIDATE']._serialized_start=429
   _globals['_CANDIDATE']._serialized_end=729
   _globals['_DECISION']._serialized_start=732
-  _globals['_DECISION']._serialized_end=936
-  _globals['_OVERLAP']._serialized_start=938
-  _globals['_OVERLAP']._serialized_end=989
-  _globals['_ROUTERESPONSE']._serialized_start=992
-  _globals['_ROUTERESPONSE']._serialized_end=1123
-  _globals['_LISTWORKERSREQUEST']._serialized_start=1125
-  _globals['_LISTWORKERSREQUEST']._serialized_end=1145
-  _globals['_WORKERENTRY']._serialized_start=1148
-  _globals['_WORKERENTRY']._serialized_end=1723
-  _globals['_PREDICTIONS']._serialized_start=1725
-  _globals['_PREDICTIONS']._serialized_end=1849
-  _globals['_LISTWORKERSRESPONSE']._serialized_start=1851
-  _globals['_LISTWORKERSRESPONSE']._serialized_end=1960
-  _globals['_GETINDEXREQUEST']._serialized_start=1962
-  _globals['_GETINDEXREQUEST']._serialized_end=1998
-  _globals['_INDEXCHUNK']._serialized_start=2000
-  _globals['_INDEXCHUNK']._serialized_end=2106
-  _globals['_GETTREEREQUEST']._serialized_start=2108
-  _globals['_GETTREEREQUEST']._serialized_end=2163
-  _globals['_TREECHUNK']._serialized_start=2165
-  _globals['_TREECHUNK']._serialized_end=2291
-  _globals['_HOTPREFIX']._serialized_start=2293
-  _globals['_HOTPREFIX']._serialized_end=2353
-  _globals['_SETDRAININGREQUEST']._serialized_start=2355
-  _globals['_SETDRAININGREQUEST']._serialized_end=2412
-  _globals['_SETDRAININGRESPONSE']._serialized_start=2414
-  _globals['_SETDRAININGRESPONSE']._serialized_end=2435
-  _globals['_CLEARCACHESREQUEST']._serialized_start=2437
-  _globals['_CLEARCACHESREQUEST']._serialized_end=2457
-  _globals['_CLEARCACHESRESPONSE']._serialized_start=2459
-  _globals['_CLEARCACHESRESPONSE']._serialized_end=2496
-  _globals['_ROUTER']._serialized_start=2499
-  _globals['_ROUTER']._serialized_end=3075
+  _globals['_DECISION']._serialized_end=962
+  _globals['_OVERLAP']._serialized_start=964
+  _globals['_OVERLAP']._serialized_end=1015
+  _globals['_ROUTERESPONSE']._serialized_start=1018
+  _globals['_ROUTERESPONSE']._serialized_end=1149
+  _globals['_LISTWORKERSREQUEST']._serialized_start=1151
+  _globals['_LISTWORKERSREQUEST']._serialized_end=1171
+  _globals['_WORKERENTRY']._serialized_start=1174
+  _globals['_WORKERENTRY']._serialized_end=1749
+  _globals['_PREDICTIONS']._serialized_start=1751
+  _globals['_PREDICTIONS']._serialized_end=1875
+  _globals['_LISTWORKERSRESPONSE']._serialized_start=1877
+  _globals['_LISTWORKERSRESPONSE']._serialized_end=1986
+  _globals['_GETINDEXREQUEST']._serialized_start=1988
+  _globals['_GETINDEXREQUEST']._serialized_end=2024
+  _globals['_INDEXCHUNK']._serialized_start=2026
+  _globals['_INDEXCHUNK']._serialized_end=2132
+  _globals['_GETTREEREQUEST']._serialized_start=2134
+  _globals['_GETTREEREQUEST']._serialized_end=2189
+  _globals['_TREECHUNK']._serialized_start=2191
+  _globals['_TREECHUNK']._serialized_end=2317
+  _globals['_HOTPREFIX']._serialized_start=2319
+  _globals['_HOTPREFIX']._serialized_end=2379
+  _globals['_SETDRAININGREQUEST']._serialized_start=2381
+  _globals['_SETDRAININGREQUEST']._serialized_end=2438
+  _globals['_SETDRAININGRESPONSE']._serialized_start=2440
+  _globals['_SETDRAININGRESPONSE']._serialized_end=2461
+  _globals['_CLEARCACHESREQUEST']._serialized_start=2463
+  _globals['_CLEARCACHESREQUEST']._serialized_end=2483
+  _globals['_CLEARCACHESRESPONSE']._serialized_start=2485
+  _globals['_CLEARCACHESRESPONSE']._serialized_end=2522
+  _globals['_ROUTER']._serialized_start=2525
+  _globals['_ROUTER']._serialized_end=3101
 # @@protoc_insertion_point(module_scope)

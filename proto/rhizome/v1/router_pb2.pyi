@@ -162,6 +162,7 @@ class Decision(_message.Message):
     BLOCK_HASHES_FIELD_NUMBER: _builtins.int
     OBSERVED_FIELD_NUMBER: _builtins.int
     HELD_S_FIELD_NUMBER: _builtins.int
+    DECODE_WORKER_ID_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     policy: _builtins.str
     reason: _builtins.str
@@ -173,6 +174,8 @@ class Decision(_message.Message):
     """
     held_s: _builtins.float
     """how long the router kept the request back"""
+    decode_worker_id: _builtins.str
+    """in answers to Explain, where worker_id only prefills: who would decode now"""
     @_builtins.property
     def candidates(self) -> _containers.RepeatedCompositeFieldContainer[Global___Candidate]:
         """the chosen one first; Route tells that and the next best, Explain all"""
@@ -192,10 +195,11 @@ class Decision(_message.Message):
         block_hashes: _builtins.bytes = ...,
         observed: _abc.Iterable[Global___Overlap] | None = ...,
         held_s: _builtins.float = ...,
+        decode_worker_id: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "candidates", b"candidates", "held_s", b"held_s", "observed", b"observed", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["block_hashes", b"block_hashes", "candidates", b"candidates", "decode_worker_id", b"decode_worker_id", "held_s", b"held_s", "observed", b"observed", "policy", b"policy", "prompt_tokens", b"prompt_tokens", "reason", b"reason", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 

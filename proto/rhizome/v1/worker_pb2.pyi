@@ -36,6 +36,8 @@ class WorkerGenerateRequest(_message.Message):
     BYPASS_PREFIX_CACHE_FIELD_NUMBER: _builtins.int
     PULL_TICKET_FIELD_NUMBER: _builtins.int
     ANSWERED_FIELD_NUMBER: _builtins.int
+    ANSWERED_CACHED_TOKENS_FIELD_NUMBER: _builtins.int
+    HOLD_FIELD_NUMBER: _builtins.int
     request_id: _builtins.str
     model: _builtins.str
     token_ids: _builtins.bytes
@@ -52,6 +54,12 @@ class WorkerGenerateRequest(_message.Message):
     """a signed transfer ticket: whom to pull leading blocks from (rhizome.transfer_ticket)"""
     answered: _builtins.bytes
     """little-endian uint32: tokens of the answer that were delivered before; what follows comes"""
+    answered_cached_tokens: _builtins.int
+    """of the prompt, with whoever began the answer: what usage says of it"""
+    hold: _builtins.bool
+    """Only the prompt and the first token: the worker keeps the prompt's full blocks for a while for whoever shows the
+    ticket that comes with the chunk (GenerateChunk.transfer_ticket). n must be 1.
+    """
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...
     @_builtins.property
@@ -72,10 +80,12 @@ class WorkerGenerateRequest(_message.Message):
         bypass_prefix_cache: _builtins.bool = ...,
         pull_ticket: _builtins.bytes = ...,
         answered: _builtins.bytes = ...,
+        answered_cached_tokens: _builtins.int = ...,
+        hold: _builtins.bool = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "block_keys", b"block_keys", "bypass_prefix_cache", b"bypass_prefix_cache", "model", b"model", "priority", b"priority", "pull_ticket", b"pull_ticket", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "answered_cached_tokens", b"answered_cached_tokens", "block_keys", b"block_keys", "bypass_prefix_cache", b"bypass_prefix_cache", "hold", b"hold", "model", b"model", "priority", b"priority", "pull_ticket", b"pull_ticket", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -162,6 +172,9 @@ class WorkerStatus(_message.Message):
     PULLED_BYTES_FIELD_NUMBER: _builtins.int
     PULL_TRANSPORT_FIELD_NUMBER: _builtins.int
     LENT_BLOCKS_FIELD_NUMBER: _builtins.int
+    PULL_SKIPPED_BLOCKS_FIELD_NUMBER: _builtins.int
+    PULL_COUNTS_FIELD_NUMBER: _builtins.int
+    FETCH_TOKEN_S_FIELD_NUMBER: _builtins.int
     worker_id: _builtins.str
     epoch: _builtins.int
     running: _builtins.int
@@ -211,12 +224,20 @@ class WorkerStatus(_message.Message):
     """of the last pull that brought anything"""
     lent_blocks: _builtins.int
     """kept for others to read"""
+    pull_skipped_blocks: _builtins.int
+    """that a ticket was for, and that were here already"""
+    fetch_token_s: _builtins.float
+    """to pull a token's KV, as measured; 0: not measured yet"""
     @_builtins.property
     def prefilled_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """Requests whose first token was produced, and that ended, since the previous report to a router."""
 
     @_builtins.property
     def finished_request_ids(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]: ...
+    @_builtins.property
+    def pull_counts(self) -> _containers.RepeatedCompositeFieldContainer[Global___PullCounts]:
+        """by transport, the best first"""
+
     def __init__(
         self,
         *,
@@ -251,14 +272,54 @@ class WorkerStatus(_message.Message):
         pulled_bytes: _builtins.int = ...,
         pull_transport: _builtins.str = ...,
         lent_blocks: _builtins.int = ...,
+        pull_skipped_blocks: _builtins.int = ...,
+        pull_counts: _abc.Iterable[Global___PullCounts] | None = ...,
+        fetch_token_s: _builtins.float = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_context", b"decode_context", "decode_s", b"decode_s", "decode_steps", b"decode_steps", "decode_tokens", b"decode_tokens", "epoch", b"epoch", "finished_request_ids", b"finished_request_ids", "host_cached_prompt_tokens", b"host_cached_prompt_tokens", "lent_blocks", b"lent_blocks", "next_event_seq", b"next_event_seq", "preemptions", b"preemptions", "prefill_attention", b"prefill_attention", "prefill_context", b"prefill_context", "prefill_decodes", b"prefill_decodes", "prefill_s", b"prefill_s", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "prefill_tokens_outstanding", b"prefill_tokens_outstanding", "prefilled_request_ids", b"prefilled_request_ids", "prompt_tokens", b"prompt_tokens", "pull_transport", b"pull_transport", "pulled_blocks", b"pulled_blocks", "pulled_bytes", b"pulled_bytes", "pulls", b"pulls", "pulls_short", b"pulls_short", "running", b"running", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks_cached", b"blocks_cached", "blocks_in_use", b"blocks_in_use", "blocks_total", b"blocks_total", "cached_prompt_tokens", b"cached_prompt_tokens", "decode_context", b"decode_context", "decode_s", b"decode_s", "decode_steps", b"decode_steps", "decode_tokens", b"decode_tokens", "epoch", b"epoch", "fetch_token_s", b"fetch_token_s", "finished_request_ids", b"finished_request_ids", "host_cached_prompt_tokens", b"host_cached_prompt_tokens", "lent_blocks", b"lent_blocks", "next_event_seq", b"next_event_seq", "preemptions", b"preemptions", "prefill_attention", b"prefill_attention", "prefill_context", b"prefill_context", "prefill_decodes", b"prefill_decodes", "prefill_s", b"prefill_s", "prefill_steps", b"prefill_steps", "prefill_tokens", b"prefill_tokens", "prefill_tokens_outstanding", b"prefill_tokens_outstanding", "prefilled_request_ids", b"prefilled_request_ids", "prompt_tokens", b"prompt_tokens", "pull_counts", b"pull_counts", "pull_skipped_blocks", b"pull_skipped_blocks", "pull_transport", b"pull_transport", "pulled_blocks", b"pulled_blocks", "pulled_bytes", b"pulled_bytes", "pulls", b"pulls", "pulls_short", b"pulls_short", "running", b"running", "waiting", b"waiting", "worker_id", b"worker_id"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___WorkerStatus: _TypeAlias = WorkerStatus  # noqa: Y015
+
+@_typing.final
+class PullCounts(_message.Message):
+    """Of one transport, since the start."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    TRANSPORT_FIELD_NUMBER: _builtins.int
+    PULLS_FIELD_NUMBER: _builtins.int
+    FAILED_FIELD_NUMBER: _builtins.int
+    BLOCKS_FIELD_NUMBER: _builtins.int
+    SIZE_BYTES_FIELD_NUMBER: _builtins.int
+    SECONDS_FIELD_NUMBER: _builtins.int
+    transport: _builtins.str
+    pulls: _builtins.int
+    failed: _builtins.int
+    """that ended early, whatever they brought"""
+    blocks: _builtins.int
+    size_bytes: _builtins.int
+    seconds: _builtins.float
+    def __init__(
+        self,
+        *,
+        transport: _builtins.str = ...,
+        pulls: _builtins.int = ...,
+        failed: _builtins.int = ...,
+        blocks: _builtins.int = ...,
+        size_bytes: _builtins.int = ...,
+        seconds: _builtins.float = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["blocks", b"blocks", "failed", b"failed", "pulls", b"pulls", "seconds", b"seconds", "size_bytes", b"size_bytes", "transport", b"transport"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PullCounts: _TypeAlias = PullCounts  # noqa: Y015
 
 @_typing.final
 class GetTokenizerRequest(_message.Message):
