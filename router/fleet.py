@@ -54,6 +54,18 @@ class WorkerInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class PullCounts:
+    """What a worker pulled over one transport, since its start."""
+
+    transport: str
+    pulls: int = 0
+    failed: int = 0  # that ended early, whatever they brought
+    blocks: int = 0
+    size_bytes: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
 class WorkerReport:
     """A worker's status (rhizome.v1.WorkerStatus without the wire). Seconds, steps and tokens count since its start."""
 
@@ -84,6 +96,9 @@ class WorkerReport:
     pulled_bytes: int = 0
     pull_transport: str = ""
     lent_blocks: int = 0
+    pull_skipped_blocks: int = 0
+    pull_counts: tuple[PullCounts, ...] = ()  # by transport, the best first
+    fetch_token_s: float = 0.0  # to pull a token's KV, as measured; 0: not measured yet
     prefilled_request_ids: tuple[str, ...] = ()
     finished_request_ids: tuple[str, ...] = ()
 

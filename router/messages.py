@@ -17,14 +17,17 @@ from rhizome.errors import InvalidRequest
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
 from router.candidates import Candidate
 from router.decision import Decision
-from router.fleet import Member, ModelCard, WorkerInfo, WorkerReport, parse_role
+from router.fleet import Member, ModelCard, PullCounts, WorkerInfo, WorkerReport, parse_role
 from router.prediction_errors import PredictionSummary
 from router.request import RouteRequest
 from router.tokenizing import PromptTokenizer
 
-_ID_LISTS = ("prefilled_request_ids", "finished_request_ids")
+_REPEATED = ("prefilled_request_ids", "finished_request_ids", "pull_counts")
 _CANDIDATE_FIELDS = tuple(field.name for field in router_pb2.Candidate.DESCRIPTOR.fields)
-_COUNTERS = tuple(field.name for field in fields(WorkerReport) if field.name not in _ID_LISTS)
+_COUNTERS = tuple(field.name for field in fields(WorkerReport) if field.name not in _REPEATED)
+_PULL_COUNTS = tuple(field.name for field in fields(PullCounts))
+# Transports in one status: a worker has a handful, and more from the wire would be kept for as long as it is a member.
+MAX_TRANSPORTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +134,10 @@ def worker_report(status: worker_pb2.WorkerStatus) -> WorkerReport:
     """A status in the core's words."""
     return WorkerReport(
         **{name: getattr(status, name) for name in _COUNTERS},
+        pull_counts=tuple(
+            PullCounts(**{name: getattr(counts, name) for name in _PULL_COUNTS})
+            for counts in status.pull_counts[:MAX_TRANSPORTS]
+        ),
         prefilled_request_ids=tuple(status.prefilled_request_ids),
         finished_request_ids=tuple(status.finished_request_ids),
     )
@@ -158,6 +165,8 @@ def worker_entry(member: Member, now: float) -> router_pb2.WorkerEntry:
     if member.report is not None:
         counters = {name: getattr(member.report, name) for name in _COUNTERS}
         entry.status.CopyFrom(worker_pb2.WorkerStatus(worker_id=info.worker_id, epoch=info.epoch, **counters))
+        for counts in member.report.pull_counts:
+            entry.status.pull_counts.add(**{name: getattr(counts, name) for name in _PULL_COUNTS})
     return entry
 
 

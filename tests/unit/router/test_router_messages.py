@@ -12,9 +12,9 @@ from rhizome.errors import InvalidRequest
 from rhizome.rpc import parse
 from rhizome.v1 import fleet_pb2, generation_pb2, router_pb2, worker_pb2
 from router.client import Completion, build_request
-from router.fleet import ModelCard, Role, WorkerReport
+from router.fleet import Member, ModelCard, PullCounts, Role, WorkerReport
 from router.links import MAX_TOKENIZER_FILES, collect_files
-from router.messages import prepare, worker_info, worker_report
+from router.messages import MAX_TRANSPORTS, prepare, worker_entry, worker_info, worker_report
 from router.tokenizing import BadTokenizer
 
 
@@ -26,6 +26,22 @@ def test_every_field_of_a_status_reaches_the_core() -> None:
     assert worker_report(status) == WorkerReport(
         running=1, decode_s=0.5, prefilled_request_ids=("a",), finished_request_ids=("b",)
     )
+
+
+def test_what_was_pulled_over_each_transport_reaches_the_core_and_who_asks_it() -> None:
+    """In order, every field; of a status that names very many transports the first ones."""
+    names = {field.name for field in worker_pb2.PullCounts.DESCRIPTOR.fields}
+    assert {field.name for field in fields(PullCounts)} == names
+    status = worker_pb2.WorkerStatus(worker_id="w", epoch=4, pull_skipped_blocks=3, fetch_token_s=1e-6)
+    status.pull_counts.add(transport="shm", pulls=4, failed=1, blocks=30, size_bytes=960, seconds=0.25)
+    status.pull_counts.add(transport="tcp")
+    report = worker_report(status)
+    assert report.pull_counts == (PullCounts("shm", 4, 1, 30, 960, 0.25), PullCounts("tcp"))
+    info = worker_info(fleet_pb2.RegisterRequest(worker_id="w", epoch=4, role=1))  # type: ignore[arg-type]
+    assert worker_entry(Member(info, 1.0, report=report), 0.0).status == status
+    for _ in range(MAX_TRANSPORTS):
+        status.pull_counts.add(transport="more")
+    assert len(worker_report(status).pull_counts) == MAX_TRANSPORTS
 
 
 def test_a_registration_reaches_the_core() -> None:
