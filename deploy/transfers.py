@@ -46,6 +46,7 @@ async def transfers(
     from worker.transfer.transports.tcp import TcpTransport
 
     holder = Holder(identity.worker_id, identity.epoch, memory, EngineBlocks(thread), secret=identity.secret)
+    thread.engine.lend = holder.lend
     ways: list[Transport] = [LocalTransport(), ShmTransport(), TcpTransport()]
     peers = PeerBlocks(thread, Puller(memory, ways, secret=identity.secret), identity.secret)
     host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host

@@ -24,6 +24,7 @@ class TransferCounts:
     pulled_bytes: int = 0
     pull_transport: str = ""  # of the last one that brought anything
     lent_blocks: int = 0  # pinned for others
+    skipped_blocks: int = 0  # that a pull was asked for, and that were here already
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,6 +54,7 @@ class BlockClaims:
         if cache.host is not None:
             return None
         kept = cache.lookup(contents)
+        self.counts = replace(self.counts, skipped_blocks=self.counts.skipped_blocks + len(kept))
         missing = contents[len(kept) :]
         room = min(room - cache.pool.unused(kept), self._most - self.held.total())
         if not missing or room <= 0:

@@ -6,10 +6,10 @@ from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 from kv_events.log import EventLog
-from rhizome.errors import Duplicate, InvalidRequest
+from rhizome.errors import Duplicate, InvalidRequest, Overloaded
 from worker.answer import Answer, FinishReason, TextDecoder
 from worker.block_claims import Reservation, TransferCounts
 from worker.cached_block import CachedBlock
@@ -33,6 +33,7 @@ class Output:
     cached_tokens: int
     completion_tokens: int  # of the request, over all choices
     request_finished: bool  # this was the last choice's last token
+    ticket: bytes = b""  # for the prompt's blocks, where they were to be held and can be
 
 
 @dataclass(slots=True)
@@ -109,6 +110,11 @@ def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineSt
     )
 
 
+Lend: TypeAlias = Callable[[AnySequence[bytes], AnySequence[int]], bytes]
+"""Pinned blocks and their keys to a ticket for whoever goes on with a request. Raises Overloaded: they were not taken
+over then. Called on the engine's thread; whoever gives it unpins the blocks one day."""
+
+
 @dataclass(slots=True)
 class _Request:
     """A request's choices that have not ended."""
@@ -144,6 +150,7 @@ class Engine:
         self._clock = clock
         self._wall_clock = wall_clock
         self._validate = validate
+        self.lend: Lend | None = None
         self._requests: dict[str, _Request] = {}
         self._arrivals = 0
         self.stalled = False
@@ -160,6 +167,8 @@ class Engine:
             raise Duplicate(f"request {request.request_id} is in flight already")
         if request.answered and request.params.n != 1:
             raise InvalidRequest("answered", f"{len(request.answered)} tokens", "none where sampling.n is above 1")
+        if request.hold and request.params.n != 1:
+            raise InvalidRequest("hold", True, "false where sampling.n is above 1")
         answers = [self._new_answer(request) for _ in range(request.params.n)]
         sequence = Sequence(request, self._arrivals, forks=request.params.n - 1)
         self.scheduler.add(sequence)
@@ -284,7 +293,9 @@ class Engine:
         sequence.append(token.token_id)
         state.completion_tokens += 1
         text, finish_reason = state.answers[sequence.choice][1].push(token.token_id)
-        if finish_reason is not None:
+        handed_over = sequence.request.hold and finish_reason is None
+        ticket = self._hand_over(sequence) if handed_over else b""
+        if finish_reason is not None or handed_over:
             self.scheduler.remove(sequence)
             del state.answers[sequence.choice]
             if not state.answers:
@@ -297,10 +308,23 @@ class Engine:
             text=text,
             finish_reason=finish_reason,
             prompt_tokens=sequence.prompt_len,
-            cached_tokens=sequence.cached_tokens or 0,
+            cached_tokens=_cached_tokens(sequence),
             completion_tokens=state.completion_tokens,
             request_finished=not state.answers,
+            ticket=ticket,
         )
+
+    def _hand_over(self, sequence: Sequence) -> bytes:
+        """Keep the prompt's full blocks for whoever goes on; empty where they cannot be kept, and are computed."""
+        if self.lend is None:
+            return b""
+        keys = [content.key for content in sequence.contents(sequence.prompt_len // self.config.block_size)]
+        blocks = self.pin(keys)
+        try:
+            return self.lend(keys[: len(blocks)], blocks) if blocks else b""
+        except Overloaded:
+            self.scheduler.claims.unpin(blocks)
+            return b""
 
     def _publish(self) -> None:
         events = self.scheduler.cache.take_events()
@@ -334,3 +358,9 @@ class Engine:
         if self._validate:
             self.scheduler.check()
             assert len(self.scheduler.cache) == len(self.event_log), "the log does not hold what the cache holds"
+
+
+def _cached_tokens(sequence: Sequence) -> int:
+    """Prompt tokens that nobody had to compute for this request."""
+    elsewhere = sequence.request.answered_cached_tokens
+    return elsewhere if elsewhere is not None else sequence.cached_tokens or 0

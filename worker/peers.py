@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -28,7 +27,7 @@ from worker.transfer.puller import Puller, PullResult
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-MAX_PULLS = 8  # at once: each has a thread, and slots of the pool
+MAX_PULLS = 8  # at once: each has a thread, and slots of the pool; others wait, no more than requests are accepted
 PATIENCE_S = 2.0  # with the engine, which answers between two steps
 START_S = 1.0  # a pull may take this and ...
 SLOWEST_BYTES_S = 100e6  # ... as long as its blocks take at that pace; slower than this, computing is as good
@@ -59,21 +58,20 @@ class PeerBlocks:
         self._puller = puller
         self._secret = secret
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="rhizome-pull")
-        self._free = threading.BoundedSemaphore(MAX_PULLS)
 
     async def fetch(self, request: EngineRequest, signed: bytes) -> None:
         """Bring what the ticket's holder has of the request's prompt into the prefix cache, as far as it lacks here.
 
-        Never raises for what fails. While as many pulls are under way as may be, it does nothing.
+        Never raises for what fails. While as many pulls are under way as may be, it waits for its turn: within the time
+        that the pull may take.
         """
-        if request.bypass_prefix_cache or not self._free.acquire(blocking=False):
+        if request.bypass_prefix_cache:
             return
         size_bytes = len(request.keys) * self._puller.memory.layout.block_bytes
         deadline = Deadline(START_S + size_bytes / SLOWEST_BYTES_S)
         future = self._threads.submit(self._fetch, request, signed, deadline)
-        future.add_done_callback(lambda _: self._free.release())
         try:
-            await asyncio.wrap_future(future)
+            await asyncio.shield(asyncio.wrap_future(future))  # one that waits its turn has a lease to give back
         except asyncio.CancelledError:
             deadline.cancel()  # the thread gives the slots back
             raise
@@ -92,8 +90,11 @@ class PeerBlocks:
             _log.warning("request %s: nothing is pulled: %s", request.request_id, error)
             return
         contents = _named(TokenSequence(request, 0).reusable(), ticket)
-        reservation = _between_steps(self._thread, lambda: self._thread.engine.reserve(contents)) if contents else None
+        reservation: Reservation | None = None
+        if contents and not deadline.over:
+            reservation = _between_steps(self._thread, lambda: self._thread.engine.reserve(contents))
         if reservation is None:
+            self._puller.release(signed)
             return
         result: PullResult | None = None
         try:

@@ -25,6 +25,8 @@ class EngineRequest:
     priority: int = 0
     bypass_prefix_cache: bool = False
     answered: tuple[int, ...] = ()  # tokens of the answer that were delivered before: what follows them is wanted
+    answered_cached_tokens: int | None = None  # of the prompt, by whoever delivered them; None: what is found here
+    hold: bool = False  # ends with the first token; the prompt's full blocks are then lent to who goes on
 
 
 @dataclass(slots=True, eq=False)

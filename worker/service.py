@@ -146,6 +146,10 @@ class WorkerService:
             priority=request.priority,
             bypass_prefix_cache=request.bypass_prefix_cache,
             answered=answered,
+            answered_cached_tokens=request.answered_cached_tokens
+            if request.HasField("answered_cached_tokens")
+            else None,
+            hold=request.hold,
         )
 
     def _chunk(self, output: Output, *, first: bool) -> generation_pb2.GenerateChunk:
@@ -156,6 +160,8 @@ class WorkerService:
                 logprob.top.add(token_id=token_id, logprob=value)
         if first:
             chunk.worker_id = self._identity.worker_id
+        if output.ticket:
+            chunk.transfer_ticket = output.ticket
         if output.finish_reason is not None:
             chunk.finish_reason = _FINISH_REASONS[output.finish_reason]
         if first or output.finish_reason is not None:

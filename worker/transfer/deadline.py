@@ -35,6 +35,11 @@ class Deadline:
         if cancelled:
             wake()
 
+    @property
+    def over(self) -> bool:
+        """Whether `left` would raise."""
+        return self._cancelled or self._end <= self._clock()
+
     def left(self) -> float:
         """Seconds, more than 0. Raises OutOfTime."""
         if self._cancelled:

@@ -31,6 +31,7 @@ from worker.transfer.messages import (
     encode_refused,
 )
 
+HAND_OVER_S = 30.0  # until whoever goes on with a request has pulled
 Pieces: TypeAlias = list[bytes | memoryview]
 """Buffers to be sent one after another. Those of blocks are the pool's memory itself."""
 
@@ -84,13 +85,20 @@ class Holder:
 
         Raises NotServed if not even the first is held, Overloaded where too much is leased.
         """
-        ttl_s = min(ttl_s, MAX_LEASE_S)
-        lease_id, expires_unix_ms = os.urandom(LEASE_ID_BYTES), int((self._wall_clock() + ttl_s) * 1000)
-        lease = self._grant(lease_id, keys, ttl_s)
-        self._seal_soon(lease)
-        held = b"".join(keys[: len(lease.blocks)])
-        ticket = TransferTicket(self.worker_id, self.epoch, expires_unix_ms, held, self.offers, lease_id)
-        return sign(self.secret, ticket)
+        return self._ticket(self._grant(os.urandom(LEASE_ID_BYTES), keys, ttl_s), ttl_s)
+
+    def lend(self, keys: Sequence[bytes], blocks: Sequence[int], ttl_s: float = HAND_OVER_S) -> bytes:
+        """The same for as many blocks as keys, which the cache's owner has pinned: unpinned when the lease ends.
+
+        Asks the cache for nothing. Raises Overloaded; then the blocks are the caller's to unpin.
+        """
+        self.expire()
+        lease = self._lease(os.urandom(LEASE_ID_BYTES), keys, blocks, ttl_s)
+        if self.leases.add(lease) is None:
+            raise Overloaded(f"{self.leases.blocks} blocks are leased: at most {self.leases.max_blocks}")
+        with self._lock:
+            self.counts.leases += 1
+        return self._ticket(lease, ttl_s)
 
     def serve(self, payload: bytes) -> Iterator[Pieces]:
         """Answer a PULL's payload: what is to be sent, in order, as soon as it is ready. A refusal is an answer.
@@ -186,8 +194,7 @@ class Holder:
         blocks = self._cache.pin(keys[:room])
         if not blocks:
             raise NotServed(f"{self.worker_id} holds none of these blocks")
-        ends_at = self._clock() + min(ttl_s, MAX_LEASE_S)
-        lease = Lease(lease_id, list(keys[: len(blocks)]), blocks, self.memory.generations[blocks].tolist(), ends_at)
+        lease = self._lease(lease_id, keys[: len(blocks)], blocks, ttl_s)
         entered = self.leases.add(lease)
         if entered is not lease:
             self._cache.unpin(blocks)
@@ -197,6 +204,17 @@ class Holder:
         with self._lock:
             self.counts.leases += 1
         return lease
+
+    def _lease(self, lease_id: bytes, keys: Sequence[bytes], blocks: Sequence[int], ttl_s: float) -> Lease:
+        ends_at = self._clock() + min(ttl_s, MAX_LEASE_S)
+        return Lease(lease_id, list(keys), list(blocks), self.memory.generations[blocks].tolist(), ends_at)
+
+    def _ticket(self, lease: Lease, ttl_s: float) -> bytes:
+        self._seal_soon(lease)
+        expires_unix_ms = int((self._wall_clock() + min(ttl_s, MAX_LEASE_S)) * 1000)
+        held = b"".join(lease.keys)
+        ticket = TransferTicket(self.worker_id, self.epoch, expires_unix_ms, held, self.offers, lease.lease_id)
+        return sign(self.secret, ticket)
 
     def _digests_of(self, lease: Lease, positions: range) -> list[int]:
         if not self._digests:

@@ -128,6 +128,13 @@ class Puller:
             tuple(slot for slot in slots[progress.arrived :] if slot in self.memory.in_flight),
         )
 
+    def release(self, ticket: bytes) -> None:
+        """Nothing will be pulled under this ticket. Should that not reach its holder, the lease ends by itself."""
+        with suppress(RhizomeError):
+            read = read_signed(self._secret, ticket, int(self._wall_clock() * 1000))
+            for transport, offer in self.ways(read.offers)[:1]:
+                self._release(transport, offer, read.lease_id)
+
     def ways(self, offers: Sequence[str]) -> list[tuple[Transport, Offer]]:
         """What both ends have, the best first."""
         parsed = []

@@ -25,7 +25,7 @@ _sym_db = _symbol_database.Default()
 from rhizome.v1 import generation_pb2 as rhizome_dot_v1_dot_generation__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rhizome/v1/worker.proto\x12\nrhizome.v1\x1a\x1brhizome/v1/generation.proto\"\xc5\x02\n\x15WorkerGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.rhizome.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0c\n\x04salt\x18\x06 \x01(\x0c\x12\x12\n\nblock_keys\x18\x07 \x01(\x0c\x12\"\n\x06ticket\x18\x08 \x01(\x0b\x32\x12.rhizome.v1.Ticket\x12\x1b\n\x13\x62ypass_prefix_cache\x18\t \x01(\x08\x12\x13\n\x0bpull_ticket\x18\n \x01(\x0c\x12\x10\n\x08\x61nswered\x18\x0b \x01(\x0c\x12\x1e\n\x16\x61nswered_cached_tokens\x18\r \x01(\r\x12\x0c\n\x04hold\x18\x0c \x01(\x08\"V\n\x06Ticket\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0f\x65xpires_unix_ms\x18\x03 \x01(\x04\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"\x12\n\x10GetStatusRequest\"\xc1\x06\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x15\n\rblocks_in_use\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\"\n\x1aprefill_tokens_outstanding\x18\x08 \x01(\x04\x12\x15\n\rprefill_steps\x18\t \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\n \x01(\x04\x12\x11\n\tprefill_s\x18\x0b \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_steps\x18\x0c \x01(\x04\x12\x15\n\rdecode_tokens\x18\r \x01(\x04\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0e \x01(\x01\x12\x13\n\x0bpreemptions\x18\x0f \x01(\x04\x12\x15\n\rprompt_tokens\x18\x10 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x11 \x01(\x04\x12\x1d\n\x15prefilled_request_ids\x18\x12 \x03(\t\x12\x1c\n\x14\x66inished_request_ids\x18\x13 \x03(\t\x12\x19\n\x11prefill_attention\x18\x14 \x01(\x01\x12\x17\n\x0fprefill_decodes\x18\x15 \x01(\x04\x12\x17\n\x0fprefill_context\x18\x16 \x01(\x04\x12\x16\n\x0e\x64\x65\x63ode_context\x18\x17 \x01(\x04\x12\x16\n\x0enext_event_seq\x18\x18 \x01(\x04\x12!\n\x19host_cached_prompt_tokens\x18\x19 \x01(\x04\x12\r\n\x05pulls\x18\x1a \x01(\x04\x12\x13\n\x0bpulls_short\x18\x1b \x01(\x04\x12\x15\n\rpulled_blocks\x18\x1c \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x1d \x01(\x04\x12\x16\n\x0epull_transport\x18\x1e \x01(\t\x12\x13\n\x0blent_blocks\x18\x1f \x01(\x04\x12\x1b\n\x13pull_skipped_blocks\x18  \x01(\x04\x12+\n\x0bpull_counts\x18! \x03(\x0b\x32\x16.rhizome.v1.PullCounts\x12\x15\n\rfetch_token_s\x18\" \x01(\x01\"s\n\nPullCounts\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05pulls\x18\x02 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"\x15\n\x13GetTokenizerRequest\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x13\n\x11\x43learCacheRequest\"$\n\x12\x43learCacheResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"3\n\x10SubscribeRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08\x66rom_seq\x18\x02 \x01(\x04\"0\n\rReplayRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08\x66rom_seq\x18\x02 \x01(\x04\"8\n\nEventFrame\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0c\n\x04more\x18\x03 \x03(\x0c\"\x11\n\x0fSnapshotRequest\"\xbe\x01\n\rSnapshotChunk\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08next_seq\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x07 \x01(\x0c\x12\x15\n\rparent_hashes\x18\x08 \x01(\x0c\x12\x12\n\ntier_masks\x18\t \x01(\x0c\x32\xb0\x02\n\x06Worker\x12J\n\x08Generate\x12!.rhizome.v1.WorkerGenerateRequest\x1a\x19.rhizome.v1.GenerateChunk0\x01\x12\x43\n\tGetStatus\x12\x1c.rhizome.v1.GetStatusRequest\x1a\x18.rhizome.v1.WorkerStatus\x12H\n\x0cGetTokenizer\x12\x1f.rhizome.v1.GetTokenizerRequest\x1a\x15.rhizome.v1.FileChunk0\x01\x12K\n\nClearCache\x12\x1d.rhizome.v1.ClearCacheRequest\x1a\x1e.rhizome.v1.ClearCacheResponse2\xd4\x01\n\x08KvEvents\x12\x43\n\tSubscribe\x12\x1c.rhizome.v1.SubscribeRequest\x1a\x16.rhizome.v1.EventFrame0\x01\x12=\n\x06Replay\x12\x19.rhizome.v1.ReplayRequest\x1a\x16.rhizome.v1.EventFrame0\x01\x12\x44\n\x08Snapshot\x12\x1b.rhizome.v1.SnapshotRequest\x1a\x19.rhizome.v1.SnapshotChunk0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x17rhizome/v1/worker.proto\x12\nrhizome.v1\x1a\x1brhizome/v1/generation.proto\"\xe5\x02\n\x15WorkerGenerateRequest\x12\x12\n\nrequest_id\x18\x01 \x01(\t\x12\r\n\x05model\x18\x02 \x01(\t\x12\x11\n\ttoken_ids\x18\x03 \x01(\x0c\x12,\n\x08sampling\x18\x04 \x01(\x0b\x32\x1a.rhizome.v1.SamplingParams\x12\x10\n\x08priority\x18\x05 \x01(\x05\x12\x0c\n\x04salt\x18\x06 \x01(\x0c\x12\x12\n\nblock_keys\x18\x07 \x01(\x0c\x12\"\n\x06ticket\x18\x08 \x01(\x0b\x32\x12.rhizome.v1.Ticket\x12\x1b\n\x13\x62ypass_prefix_cache\x18\t \x01(\x08\x12\x13\n\x0bpull_ticket\x18\n \x01(\x0c\x12\x10\n\x08\x61nswered\x18\x0b \x01(\x0c\x12#\n\x16\x61nswered_cached_tokens\x18\r \x01(\rH\x00\x88\x01\x01\x12\x0c\n\x04hold\x18\x0c \x01(\x08\x42\x19\n\x17_answered_cached_tokens\"V\n\x06Ticket\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x17\n\x0f\x65xpires_unix_ms\x18\x03 \x01(\x04\x12\x11\n\tsignature\x18\x04 \x01(\x0c\"\x12\n\x10GetStatusRequest\"\xc1\x06\n\x0cWorkerStatus\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x0f\n\x07running\x18\x03 \x01(\r\x12\x0f\n\x07waiting\x18\x04 \x01(\r\x12\x14\n\x0c\x62locks_total\x18\x05 \x01(\r\x12\x15\n\rblocks_in_use\x18\x06 \x01(\r\x12\x15\n\rblocks_cached\x18\x07 \x01(\r\x12\"\n\x1aprefill_tokens_outstanding\x18\x08 \x01(\x04\x12\x15\n\rprefill_steps\x18\t \x01(\x04\x12\x16\n\x0eprefill_tokens\x18\n \x01(\x04\x12\x11\n\tprefill_s\x18\x0b \x01(\x01\x12\x14\n\x0c\x64\x65\x63ode_steps\x18\x0c \x01(\x04\x12\x15\n\rdecode_tokens\x18\r \x01(\x04\x12\x10\n\x08\x64\x65\x63ode_s\x18\x0e \x01(\x01\x12\x13\n\x0bpreemptions\x18\x0f \x01(\x04\x12\x15\n\rprompt_tokens\x18\x10 \x01(\x04\x12\x1c\n\x14\x63\x61\x63hed_prompt_tokens\x18\x11 \x01(\x04\x12\x1d\n\x15prefilled_request_ids\x18\x12 \x03(\t\x12\x1c\n\x14\x66inished_request_ids\x18\x13 \x03(\t\x12\x19\n\x11prefill_attention\x18\x14 \x01(\x01\x12\x17\n\x0fprefill_decodes\x18\x15 \x01(\x04\x12\x17\n\x0fprefill_context\x18\x16 \x01(\x04\x12\x16\n\x0e\x64\x65\x63ode_context\x18\x17 \x01(\x04\x12\x16\n\x0enext_event_seq\x18\x18 \x01(\x04\x12!\n\x19host_cached_prompt_tokens\x18\x19 \x01(\x04\x12\r\n\x05pulls\x18\x1a \x01(\x04\x12\x13\n\x0bpulls_short\x18\x1b \x01(\x04\x12\x15\n\rpulled_blocks\x18\x1c \x01(\x04\x12\x14\n\x0cpulled_bytes\x18\x1d \x01(\x04\x12\x16\n\x0epull_transport\x18\x1e \x01(\t\x12\x13\n\x0blent_blocks\x18\x1f \x01(\x04\x12\x1b\n\x13pull_skipped_blocks\x18  \x01(\x04\x12+\n\x0bpull_counts\x18! \x03(\x0b\x32\x16.rhizome.v1.PullCounts\x12\x15\n\rfetch_token_s\x18\" \x01(\x01\"s\n\nPullCounts\x12\x11\n\ttransport\x18\x01 \x01(\t\x12\r\n\x05pulls\x18\x02 \x01(\x04\x12\x0e\n\x06\x66\x61iled\x18\x03 \x01(\x04\x12\x0e\n\x06\x62locks\x18\x04 \x01(\x04\x12\x12\n\nsize_bytes\x18\x05 \x01(\x04\x12\x0f\n\x07seconds\x18\x06 \x01(\x01\"\x15\n\x13GetTokenizerRequest\"\'\n\tFileChunk\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0c\n\x04\x64\x61ta\x18\x02 \x01(\x0c\"\x13\n\x11\x43learCacheRequest\"$\n\x12\x43learCacheResponse\x12\x0e\n\x06\x62locks\x18\x01 \x01(\r\"3\n\x10SubscribeRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08\x66rom_seq\x18\x02 \x01(\x04\"0\n\rReplayRequest\x12\r\n\x05\x65poch\x18\x01 \x01(\x04\x12\x10\n\x08\x66rom_seq\x18\x02 \x01(\x04\"8\n\nEventFrame\x12\x0b\n\x03seq\x18\x01 \x01(\x04\x12\x0f\n\x07payload\x18\x02 \x01(\x0c\x12\x0c\n\x04more\x18\x03 \x03(\x0c\"\x11\n\x0fSnapshotRequest\"\xbe\x01\n\rSnapshotChunk\x12\x11\n\tworker_id\x18\x01 \x01(\t\x12\r\n\x05\x65poch\x18\x02 \x01(\x04\x12\x10\n\x08next_seq\x18\x03 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x14\n\x0ctotal_blocks\x18\x05 \x01(\x04\x12\x12\n\nblock_size\x18\x06 \x01(\r\x12\x14\n\x0c\x62lock_hashes\x18\x07 \x01(\x0c\x12\x15\n\rparent_hashes\x18\x08 \x01(\x0c\x12\x12\n\ntier_masks\x18\t \x01(\x0c\x32\xb0\x02\n\x06Worker\x12J\n\x08Generate\x12!.rhizome.v1.WorkerGenerateRequest\x1a\x19.rhizome.v1.GenerateChunk0\x01\x12\x43\n\tGetStatus\x12\x1c.rhizome.v1.GetStatusRequest\x1a\x18.rhizome.v1.WorkerStatus\x12H\n\x0cGetTokenizer\x12\x1f.rhizome.v1.GetTokenizerRequest\x1a\x15.rhizome.v1.FileChunk0\x01\x12K\n\nClearCache\x12\x1d.rhizome.v1.ClearCacheRequest\x1a\x1e.rhizome.v1.ClearCacheResponse2\xd4\x01\n\x08KvEvents\x12\x43\n\tSubscribe\x12\x1c.rhizome.v1.SubscribeRequest\x1a\x16.rhizome.v1.EventFrame0\x01\x12=\n\x06Replay\x12\x19.rhizome.v1.ReplayRequest\x1a\x16.rhizome.v1.EventFrame0\x01\x12\x44\n\x08Snapshot\x12\x1b.rhizome.v1.SnapshotRequest\x1a\x19.rhizome.v1.SnapshotChunk0\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -33,35 +33,35 @@ _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'rhizome.v1.worker_pb2', _gl
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
   _globals['_WORKERGENERATEREQUEST']._serialized_start=69
-  _globals['_WORKERGENERATEREQUEST']._serialized_end=394
-  _globals['_TICKET']._serialized_start=396
-  _globals['_TICKET']._serialized_end=482
-  _globals['_GETSTATUSREQUEST']._serialized_start=484
-  _globals['_GETSTATUSREQUEST']._serialized_end=502
-  _globals['_WORKERSTATUS']._serialized_start=505
-  _globals['_WORKERSTATUS']._serialized_end=1338
-  _globals['_PULLCOUNTS']._serialized_start=1340
-  _globals['_PULLCOUNTS']._serialized_end=1455
-  _globals['_GETTOKENIZERREQUEST']._serialized_start=1457
-  _globals['_GETTOKENIZERREQUEST']._serialized_end=1478
-  _globals['_FILECHUNK']._serialized_start=1480
-  _globals['_FILECHUNK']._serialized_end=1519
-  _globals['_CLEARCACHEREQUEST']._serialized_start=1521
-  _globals['_CLEARCACHEREQUEST']._serialized_end=1540
-  _globals['_CLEARCACHERESPONSE']._serialized_start=1542
-  _globals['_CLEARCACHERESPONSE']._serialized_end=1578
-  _globals['_SUBSCRIBEREQUEST']._serialized_start=1580
-  _globals['_SUBSCRIBEREQUEST']._serialized_end=1631
-  _globals['_REPLAYREQUEST']._serialized_start=1633
-  _globals['_REPLAYREQUEST']._serialized_end=1681
-  _globals['_EVENTFRAME']._serialized_start=1683
-  _globals['_EVENTFRAME']._serialized_end=1739
-  _globals['_SNAPSHOTREQUEST']._serialized_start=1741
-  _globals['_SNAPSHOTREQUEST']._serialized_end=1758
-  _globals['_SNAPSHOTCHUNK']._serialized_start=1761
-  _globals['_SNAPSHOTCHUNK']._serialized_end=1951
-  _globals['_WORKER']._serialized_start=1954
-  _globals['_WORKER']._serialized_end=2258
-  _globals['_KVEVENTS']._serialized_start=2261
-  _globals['_KVEVENTS']._serialized_end=2473
+  _globals['_WORKERGENERATEREQUEST']._serialized_end=426
+  _globals['_TICKET']._serialized_start=428
+  _globals['_TICKET']._serialized_end=514
+  _globals['_GETSTATUSREQUEST']._serialized_start=516
+  _globals['_GETSTATUSREQUEST']._serialized_end=534
+  _globals['_WORKERSTATUS']._serialized_start=537
+  _globals['_WORKERSTATUS']._serialized_end=1370
+  _globals['_PULLCOUNTS']._serialized_start=1372
+  _globals['_PULLCOUNTS']._serialized_end=1487
+  _globals['_GETTOKENIZERREQUEST']._serialized_start=1489
+  _globals['_GETTOKENIZERREQUEST']._serialized_end=1510
+  _globals['_FILECHUNK']._serialized_start=1512
+  _globals['_FILECHUNK']._serialized_end=1551
+  _globals['_CLEARCACHEREQUEST']._serialized_start=1553
+  _globals['_CLEARCACHEREQUEST']._serialized_end=1572
+  _globals['_CLEARCACHERESPONSE']._serialized_start=1574
+  _globals['_CLEARCACHERESPONSE']._serialized_end=1610
+  _globals['_SUBSCRIBEREQUEST']._serialized_start=1612
+  _globals['_SUBSCRIBEREQUEST']._serialized_end=1663
+  _globals['_REPLAYREQUEST']._serialized_start=1665
+  _globals['_REPLAYREQUEST']._serialized_end=1713
+  _globals['_EVENTFRAME']._serialized_start=1715
+  _globals['_EVENTFRAME']._serialized_end=1771
+  _globals['_SNAPSHOTREQUEST']._serialized_start=1773
+  _globals['_SNAPSHOTREQUEST']._serialized_end=1790
+  _globals['_SNAPSHOTCHUNK']._serialized_start=1793
+  _globals['_SNAPSHOTCHUNK']._serialized_end=1983
+  _globals['_WORKER']._serialized_start=1986
+  _globals['_WORKER']._serialized_end=2290
+  _globals['_KVEVENTS']._serialized_start=2293
+  _globals['_KVEVENTS']._serialized_end=2505
 # @@protoc_insertion_point(module_scope)

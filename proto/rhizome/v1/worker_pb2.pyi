@@ -55,7 +55,7 @@ class WorkerGenerateRequest(_message.Message):
     answered: _builtins.bytes
     """little-endian uint32: tokens of the answer that were delivered before; what follows comes"""
     answered_cached_tokens: _builtins.int
-    """of the prompt, with whoever began the answer: what usage says of it"""
+    """of the prompt, by whoever began the answer; [found here]"""
     hold: _builtins.bool
     """Only the prompt and the first token: the worker keeps the prompt's full blocks for a while for whoever shows the
     ticket that comes with the chunk (GenerateChunk.transfer_ticket). n must be 1.
@@ -80,14 +80,16 @@ class WorkerGenerateRequest(_message.Message):
         bypass_prefix_cache: _builtins.bool = ...,
         pull_ticket: _builtins.bytes = ...,
         answered: _builtins.bytes = ...,
-        answered_cached_tokens: _builtins.int = ...,
+        answered_cached_tokens: _builtins.int | None = ...,
         hold: _builtins.bool = ...,
     ) -> None: ...
-    _HasFieldArgType: _TypeAlias = _typing.Literal["sampling", b"sampling", "ticket", b"ticket"]  # noqa: Y015
+    _HasFieldArgType: _TypeAlias = _typing.Literal["_answered_cached_tokens", b"_answered_cached_tokens", "answered_cached_tokens", b"answered_cached_tokens", "sampling", b"sampling", "ticket", b"ticket"]  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["answered", b"answered", "answered_cached_tokens", b"answered_cached_tokens", "block_keys", b"block_keys", "bypass_prefix_cache", b"bypass_prefix_cache", "hold", b"hold", "model", b"model", "priority", b"priority", "pull_ticket", b"pull_ticket", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["_answered_cached_tokens", b"_answered_cached_tokens", "answered", b"answered", "answered_cached_tokens", b"answered_cached_tokens", "block_keys", b"block_keys", "bypass_prefix_cache", b"bypass_prefix_cache", "hold", b"hold", "model", b"model", "priority", b"priority", "pull_ticket", b"pull_ticket", "request_id", b"request_id", "salt", b"salt", "sampling", b"sampling", "ticket", b"ticket", "token_ids", b"token_ids"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
-    def WhichOneof(self, oneof_group: _Never) -> None: ...
+    _WhichOneofReturnType__answered_cached_tokens: _TypeAlias = _typing.Literal["answered_cached_tokens"]  # noqa: Y015
+    _WhichOneofArgType__answered_cached_tokens: _TypeAlias = _typing.Literal["_answered_cached_tokens", b"_answered_cached_tokens"]  # noqa: Y015
+    def WhichOneof(self, oneof_group: _WhichOneofArgType__answered_cached_tokens) -> _WhichOneofReturnType__answered_cached_tokens | None: ...
 
 Global___WorkerGenerateRequest: _TypeAlias = WorkerGenerateRequest  # noqa: Y015
 

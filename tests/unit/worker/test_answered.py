@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rhizome.errors import InvalidRequest
+from rhizome.errors import InvalidRequest, Overloaded
 from tests.support.memory_runner import LetterDecoder
 from tests.unit.worker.test_engine import GREEDY, follow_and_compare, idle_and_nothing_lost, make_engine, request
+from worker.answer import FinishReason
 from worker.engine import Engine, Output
 from worker.plan import SamplingParams
 
@@ -86,3 +88,55 @@ def test_a_continuation_has_one_choice_and_one_first_token() -> None:
         engine.add(request("n", PROMPT, replace(GREEDY, n=2), answered=(3,)))
     assert not engine.has_work
     idle_and_nothing_lost(engine)
+
+
+def test_a_request_to_hold_ends_with_its_first_token_and_lends_its_prompt() -> None:
+    """The ticket comes with the token; the full blocks stay pinned for it, and are free once they are unpinned."""
+    engine = make_engine()
+    lent: list[tuple[list[bytes], list[int]]] = []
+
+    def lend(keys: Sequence[bytes], blocks: Sequence[int]) -> bytes:
+        lent.append((list(keys), list(blocks)))
+        return b"ticket"
+
+    engine.lend = lend
+    asked = request("r", PROMPT, GREEDY, hold=True)
+    engine.add(asked)
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+    (only,) = outputs
+    assert (only.ticket, only.finish_reason, only.request_finished) == (b"ticket", None, True)
+    assert told(outputs) == told(outputs_of(make_engine(), GREEDY))[:1]
+    ((keys, blocks),) = lent
+    full = len(PROMPT) // engine.config.block_size
+    assert b"".join(keys) == asked.keys.tobytes()
+    assert len(blocks) == full == engine.status().blocks_in_use
+    engine.unpin(blocks)
+    idle_and_nothing_lost(engine)
+
+
+def test_an_answer_that_ends_at_once_lends_nothing() -> None:
+    """Nor does one whose blocks nobody takes over: neither keeps anything."""
+    engine = make_engine()
+    engine.lend = lambda keys, blocks: b"ticket"
+    (only,) = outputs_of(engine, replace(GREEDY, max_tokens=1), hold=True)
+    assert (only.ticket, only.finish_reason) == (b"", FinishReason.LENGTH)
+
+    def refuse(keys: Sequence[bytes], blocks: Sequence[int]) -> bytes:
+        raise Overloaded("too much is leased")
+
+    engine.lend = refuse
+    (only,) = outputs_of(engine, GREEDY, hold=True)
+    assert (only.ticket, only.finish_reason) == (b"", None)
+    engine.lend = None
+    assert outputs_of(engine, GREEDY, hold=True)[0].ticket == b""
+    with pytest.raises(InvalidRequest, match="hold"):
+        engine.add(request("r", PROMPT, replace(GREEDY, n=2), hold=True))
+
+
+def test_who_goes_on_tells_what_the_first_part_found_cached() -> None:
+    """Usage is the request's, not that of its second worker, which found everything."""
+    whole = outputs_of(make_engine(), GREEDY)
+    rest = outputs_of(make_engine(), GREEDY, (whole[0].token.token_id,), answered_cached_tokens=8)
+    assert {out.cached_tokens for out in rest} == {8}

@@ -18,7 +18,7 @@ from tests.support.memory_runner import MemoryRunner, reference_answer
 from tests.unit.worker.test_engine import GREEDY, idle_and_nothing_lost, make_engine, request
 from worker.engine import EngineStatus, Output
 from worker.engine_thread import EngineThread
-from worker.peers import EngineBlocks, PeerBlocks
+from worker.peers import MAX_PULLS, EngineBlocks, PeerBlocks
 from worker.scheduler import SchedulerConfig
 from worker.sequence import EngineRequest
 from worker.transfer.deadline import Deadline
@@ -237,3 +237,48 @@ def test_the_cache_is_cleared_while_others_read_and_pull() -> None:
         pulling.join()
         assert b.answer(prompt("r")) == expected()
         assert b.status().transfers.pulled_blocks == 10
+
+
+def hand_over(a: Peer, asked: EngineRequest) -> tuple[tuple[int, ...], bytes]:
+    """The first token and the ticket of a request that ends with it."""
+    outputs: queue.SimpleQueue[Output | RhizomeError] = queue.SimpleQueue()
+    a.thread.submit(replace(asked, hold=True), outputs.put)
+    output = outputs.get(timeout=PATIENCE_S)
+    assert isinstance(output, Output)
+    assert output.request_finished
+    return (output.token.token_id,), output.ticket
+
+
+@pytest.mark.parametrize("known", [0, 13, 41], ids=["nothing", "three blocks", "all blocks"])
+def test_one_prefills_and_another_decodes(known: int) -> None:
+    """The blocks that lack travel, those that are there are counted; the lease ends, with a pull or without."""
+    with two() as (a, b):
+        a.thread.engine.lend = a.holder.lend
+        if known:
+            b.answer(prompt("earlier", PROMPT[:known]))
+        first, ticket = hand_over(a, prompt("r"))
+        assert a.status().blocks_in_use == len(a.holder.leases) * 10 == 10
+        rest = prompt("r", answered=first)
+        asyncio.run(b.peers.fetch(rest, ticket))
+        assert [*first, *b.answer(rest)] == expected()
+        transfers = b.status().transfers
+        assert transfers.skipped_blocks == known // CONFIG.block_size
+        assert transfers.pulled_blocks == 10 - known // CONFIG.block_size
+
+
+def test_pulls_that_wait_for_their_turn_all_come() -> None:
+    """More at once than there are threads for."""
+    gate = Gate()
+
+    async def all_of(a: Peer, b: Peer) -> None:
+        asked = [prompt(f"r{number}", [1 + number, *PROMPT[1:5]]) for number in range(MAX_PULLS + 3)]
+        fetching = [asyncio.create_task(b.peers.fetch(each, a.ticket(each))) for each in asked]
+        await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+        gate.open.set()
+        await asyncio.gather(*fetching)
+
+    with two([gate]) as (a, b):  # type: ignore[list-item]
+        for number in range(MAX_PULLS + 3):
+            a.answer(prompt(f"r{number}", [1 + number, *PROMPT[1:5]]))
+        asyncio.run(all_of(a, b))
+        assert b.status().transfers.pulled_blocks == MAX_PULLS + 3
