@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncGenerator, Generator, Iterable, Mapping, Sequence
 from contextlib import aclosing
 from dataclasses import dataclass, field
+from itertools import pairwise
 from types import TracebackType
 from typing import Any, Self, TypedDict, Unpack
 
@@ -72,14 +73,20 @@ class Choice:
     token_ids: list[int] = field(default_factory=list)
     finish_reason: str = ""  # "stop" or "length"
     logprobs: list[generation_pb2.TokenLogprob] = field(default_factory=list)
+    times_s: list[float] = field(default_factory=list)  # from the call to each chunk that brought tokens
+
+    @property
+    def itl_s(self) -> list[float]:
+        """Times between tokens as a client sees them: from each chunk that brought some to the next."""
+        return [later - sooner for sooner, later in pairwise(self.times_s)]
 
 
 @dataclass(slots=True)
 class Completion:
-    """A request's whole answer. `text`, `token_ids` and `finish_reason` are the first choice's."""
+    """A request's whole answer. `text`, `token_ids`, `finish_reason` and `itl_s` are the first choice's."""
 
     choices: list[Choice] = field(default_factory=list)
-    worker_id: str = ""
+    worker_ids: list[str] = field(default_factory=list)  # that answered, in order
     prompt_tokens: int = 0
     cached_tokens: int = 0
     completion_tokens: int = 0
@@ -98,16 +105,28 @@ class Completion:
     def finish_reason(self) -> str:
         return self.choices[0].finish_reason if self.choices else ""
 
+    @property
+    def itl_s(self) -> list[float]:
+        return self.choices[0].itl_s if self.choices else []
+
+    @property
+    def worker_id(self) -> str:
+        """The first that answered."""
+        return self.worker_ids[0] if self.worker_ids else ""
+
     def add(self, chunk: generation_pb2.GenerateChunk, elapsed_s: float) -> None:
         """Append a piece that came `elapsed_s` after the call."""
         self.ttft_s = self.ttft_s or elapsed_s
         self.total_s = elapsed_s
-        self.worker_id = self.worker_id or chunk.worker_id
+        if chunk.worker_id and chunk.worker_id not in self.worker_ids[-1:]:
+            self.worker_ids.append(chunk.worker_id)
         while len(self.choices) <= chunk.index:
             self.choices.append(Choice())
         choice = self.choices[chunk.index]
         choice.text += chunk.text
         choice.token_ids += chunk.token_ids
+        if chunk.token_ids:
+            choice.times_s.append(elapsed_s)
         choice.logprobs += chunk.logprobs
         if chunk.finish_reason:
             choice.finish_reason = generation_pb2.FinishReason.Name(chunk.finish_reason)[14:].lower()

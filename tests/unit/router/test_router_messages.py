@@ -134,6 +134,20 @@ def test_a_completion_is_put_together_from_chunks() -> None:
     assert (completion.prompt_tokens, completion.cached_tokens, completion.completion_tokens) == (7, 4, 3)
 
 
+def test_a_completion_knows_the_times_between_its_tokens() -> None:
+    """Of the first choice, from chunk to chunk; one that brings held-back text only is not waited for."""
+    completion = Completion()
+    assert (completion.itl_s, completion.worker_id) == ([], "")
+    completion.add(generation_pb2.GenerateChunk(token_ids=[1], worker_id="p"), 0.5)
+    assert completion.itl_s == []
+    completion.add(generation_pb2.GenerateChunk(index=1, token_ids=[9]), 0.6)
+    completion.add(generation_pb2.GenerateChunk(token_ids=[2, 3], worker_id="d"), 0.75)
+    completion.add(generation_pb2.GenerateChunk(text="rest"), 0.9)
+    completion.add(generation_pb2.GenerateChunk(token_ids=[4]), 1.0)
+    assert completion.itl_s == [0.25, 0.25]
+    assert (completion.worker_ids, completion.worker_id) == (["p", "d"], "p")
+
+
 def test_files_are_bounded() -> None:
     """A worker cannot fill the router's memory with its tokenizer."""
     import asyncio
