@@ -75,7 +75,7 @@ def _refused(error: ValidationError) -> InvalidRequest:
 def run_up(plan: FleetPlan, ray: str | None) -> None:
     """Start a fleet. On this machine it lives as long as this call; on a Ray cluster it stays."""
     if ray is not None:
-        _ray_cluster().deploy_on_ray(plan, ray)
+        ray_cluster().deploy_on_ray(plan, ray)
         return
     from deploy.local import run_cluster
     from deploy.processes import until_signal
@@ -83,20 +83,20 @@ def run_up(plan: FleetPlan, ray: str | None) -> None:
     asyncio.run(until_signal(run_cluster(plan)))
 
 
-def _ray_cluster() -> ModuleType:
+def ray_cluster() -> ModuleType:
     """Ray is imported for what needs it. Raises InvalidRequest where it is not there."""
     try:
-        from deploy.fleet import ray_cluster
+        from deploy.fleet import ray_cluster as module
     except ModuleNotFoundError as error:
         if error.name != "ray":
             raise
         raise InvalidRequest("--ray", None, "only with Ray: pip install 'rhizome[ray]'") from None
-    return ray_cluster
+    return module
 
 
 async def _control(fleet: str | None, ray: str | None) -> Control:
     if ray is not None:
-        control: Control = _ray_cluster().ray_control(fleet, ray)
+        control: Control = ray_cluster().ray_control(fleet, ray)
         return control
     from deploy.fleet.service import the_fleet
 
