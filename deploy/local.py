@@ -19,8 +19,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 
-from deploy.fleet.control import READY_TIMEOUT_S, FleetControl, joined
-from deploy.fleet.plan import TINY, FleetPlan, RouterServer, WorkerServer
+from deploy.fleet.control import READY_TIMEOUT_S, FleetControl, caught_up, joined
+from deploy.fleet.plan import TINY, FleetPlan, RouterServer, Server, WorkerServer
 from deploy.fleet.service import serving_control
 from kv_events.bus.url import parse_bus_url
 from rhizome.errors import Unavailable
@@ -41,7 +41,7 @@ LONGEST_RESTART_DELAY_S = 10.0
 class Child:
     """One process of the cluster, and how to start it again."""
 
-    server: RouterServer | WorkerServer
+    server: Server
     arguments: list[str]
     process: Process | None = None
     address: str = ""
@@ -97,10 +97,14 @@ class LocalCluster:
         self._on_event = on_event
         cores = os.cpu_count() or 1
         self._threads = max(1, cores // max(1, len(plan.workers)))
-        self._environment = os.environ | {
-            SECRET_VARIABLE: os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32),
-            "OMP_NUM_THREADS": str(self._threads),
-        }
+        self._environment = (
+            os.environ
+            | plan.logins.environment(os.environ)
+            | {
+                SECRET_VARIABLE: os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32),
+                "OMP_NUM_THREADS": str(self._threads),
+            }
+        )
         self._watching = False
         self.routers = [Child(router, router.arguments()) for router in plan.routers]
         self.workers = [Child(worker, []) for worker in plan.workers]
@@ -122,10 +126,7 @@ class LocalCluster:
 
     async def __aenter__(self) -> LocalCluster:
         try:
-            await asyncio.gather(*map(self._start, self.routers))
-            for router in self.routers:
-                # A router that restarts keeps its port, so that workers and clients find it again.
-                router.arguments.append(f"--port={router.address.rpartition(':')[2]}")
+            await self._start_routers(self.routers)
             await self._start_workers(self.workers)
             self._watching = True
             for child in (*self.routers, *self.workers):
@@ -163,24 +164,39 @@ class LocalCluster:
         """Every process."""
         return [child.status() for child in (*self.routers, *self.workers)]
 
-    async def add(self, workers: Sequence[WorkerServer]) -> None:
-        """Start workers of a plan. Raises Unavailable when one does not start; none of them is left then."""
-        children = [Child(worker, []) for worker in workers]
+    def address_of(self, name: str) -> str:
+        """A process's host:port; empty where it has not served yet."""
+        return next((child.address for child in (*self.routers, *self.workers) if child.name == name), "")
+
+    async def add(self, servers: Sequence[Server]) -> None:
+        """Start servers of a plan. Raises Unavailable when one does not start; none of them is left then."""
+        routers = [Child(server, server.arguments()) for server in servers if isinstance(server, RouterServer)]
+        workers = [Child(server, []) for server in servers if isinstance(server, WorkerServer)]
         try:
-            await self._start_workers(children)
+            await self._start_routers(routers)
+            await caught_up([child.address for child in routers], self.router_addresses, READY_TIMEOUT_S)
+            await self._start_workers(workers)
         except BaseException:
-            await asyncio.gather(*map(_end, children))
+            await asyncio.gather(*map(_end, (*routers, *workers)))
             raise
-        self.workers += children
-        for child in children:
+        self.routers += routers
+        self.workers += workers
+        for child in (*routers, *workers):
             child.watch = asyncio.create_task(self._watch(child))
 
     async def remove(self, names: Sequence[str]) -> None:
-        """End workers, which are not started again."""
-        leaving = [child for child in self.workers if child.name in names]
+        """End processes, which are not started again."""
+        leaving = [child for child in (*self.routers, *self.workers) if child.name in names]
         await asyncio.gather(*map(_unwatch, leaving))
         await asyncio.gather(*map(_end, leaving))
+        self.routers = [child for child in self.routers if child not in leaving]
         self.workers = [child for child in self.workers if child not in leaving]
+
+    async def _start_routers(self, children: Sequence[Child]) -> None:
+        await asyncio.gather(*map(self._start, children))
+        for child in children:
+            # A router that restarts keeps its port, so that workers and clients find it again.
+            child.arguments.append(f"--port={child.address.rpartition(':')[2]}")
 
     async def _start_workers(self, children: Sequence[Child]) -> None:
         for child in children:

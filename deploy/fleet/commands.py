@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pydantic import ValidationError
 
-from deploy.fleet.config import FleetConfig, Model, Refused, Routers, WorkerGroup
+from deploy.fleet.config import ROUTERS, FleetConfig, Model, Refused, Routers, WorkerGroup
 from deploy.fleet.plan import FleetPlan, check_own
 from deploy.served_model import DEFAULT_HARDWARE, chosen_hardware
 from rhizome.errors import InvalidRequest
@@ -115,13 +115,13 @@ def run_status(fleet: str | None, ray: str | None, *, as_json: bool) -> None:
 
 
 def run_scale(group: str, count: int, fleet: str | None, ray: str | None, *, drain_s: float) -> str:
-    """Change a group's size; returns what became of it."""
+    """Change a group's size, or the routers' number; returns what became of it."""
 
     async def scale() -> launcher_pb2.FleetStatus:
         return await (await _control(fleet, ray)).scale(group, count, drain_s)
 
     status = asyncio.run(scale())
-    return f"{group}: {sum(server.group == group for server in status.servers)} workers"
+    return f"{group}: {sum(server.group == group for server in status.servers)}{'' if group == ROUTERS else ' workers'}"
 
 
 def run_down(fleet: str | None, ray: str | None, *, drain_s: float) -> None:

@@ -15,6 +15,7 @@ from rhizome.errors import InvalidRequest
 from rhizome.rpc import check_bind_host
 from router.policies import POLICIES
 
+ROUTERS = "routers"  # their group's name
 MAX_ROUTERS = 16
 MAX_GROUP = 512  # workers
 MAX_GROUPS = 64
@@ -163,8 +164,8 @@ class FleetConfig(_Part):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"two groups of workers are called {name}: give each a name")
-            if name == "router":
-                raise ValueError("no group of workers may be called router: the routers are router-0, router-1, ...")
+            if name in ("router", ROUTERS):
+                raise ValueError(f"no group of workers may be called {name}: the routers are router-0, router-1, ...")
         if self.model.simulated is None and "time_scale" in self.model.model_fields_set and self.model.time_scale != 1:
             raise ValueError("model.time_scale is only for simulated hardware")
         if self.model.simulated is not None and any(group.kv_cache_mib is not None for group in self.workers):

@@ -8,9 +8,11 @@ from typing import Any, Protocol, TypeVar
 
 import grpc
 
-from deploy.fleet.plan import FleetPlan, WorkerServer
+from deploy.fleet.config import ROUTERS
+from deploy.fleet.plan import FleetPlan, Server
 from rhizome.errors import Conflict, InvalidRequest, Unavailable
 from rhizome.v1 import launcher_pb2
+from rhizome.v1.router_pb2 import WorkerEntry
 from router.client import Client
 
 T = TypeVar("T")
@@ -37,11 +39,14 @@ class Launcher(Protocol):
     async def servers(self) -> list[launcher_pb2.ServerStatus]:
         """Every router and worker."""
 
-    async def add(self, workers: Sequence[WorkerServer]) -> None:
-        """Start workers, and return when all routers know them. Raises Unavailable; none of them is left then."""
+    def address_of(self, name: str) -> str:
+        """A server's host:port; empty where it has not served yet."""
+
+    async def add(self, servers: Sequence[Server]) -> None:
+        """Start servers; returns when all routers know all workers. Raises Unavailable; none of them is left then."""
 
     async def remove(self, names: Sequence[str]) -> None:
-        """End workers for good."""
+        """End servers for good."""
 
 
 class FleetControl:
@@ -65,9 +70,9 @@ class FleetControl:
         )
 
     async def scale(self, group: str, count: int, drain_s: float) -> launcher_pb2.FleetStatus:
-        """Have so many workers in a group: the last ones leave, new ones come after them.
+        """Have so many workers in a group, or routers: the last ones leave, new ones come after them.
 
-        Raises InvalidRequest, Conflict while the fleet starts or ends, Unavailable where a worker does not start.
+        Raises InvalidRequest, Conflict while the fleet starts or ends, Unavailable where a server does not start.
         """
         _check_drain(drain_s)
         self._launcher.plan.scaled(group, count)  # refused at once, not after a change that is under way
@@ -83,18 +88,17 @@ class FleetControl:
         async with self._changing:
             self._check_serving()
             launcher = self._launcher
-            before, plan = launcher.plan, launcher.plan.scaled(group, count)
-            old = {worker.name for worker in before.workers}
-            new = {worker.name for worker in plan.workers}
-            if added := [worker for worker in plan.workers if worker.name not in old]:
-                self._on_event(f"{group}: starting {', '.join(worker.name for worker in added)}")
+            before, plan = launcher.plan.servers, launcher.plan.scaled(group, count)
+            old, new = {server.name for server in before}, {server.name for server in plan.servers}
+            if added := [server for server in plan.servers if server.name not in old]:
+                self._on_event(f"{group}: starting {', '.join(server.name for server in added)}")
                 await launcher.add(added)
-            if leaving := [worker.name for worker in before.workers if worker.name not in new]:
+            if leaving := [server.name for server in before if server.name not in new]:
                 self._on_event(f"{group}: draining {', '.join(leaving)}")
-                await self._drain(leaving, drain_s)
+                await (self._drain_routers if group == ROUTERS else self._drain)(leaving, drain_s)
                 await launcher.remove(leaving)
             launcher.plan = plan
-            self._on_event(f"{group}: {count} workers")
+            self._on_event(f"{group}: {count}" if group == ROUTERS else f"{group}: {count} workers")
 
     async def _shutdown(self, drain_s: float) -> None:
         async with self._changing:
@@ -103,7 +107,14 @@ class FleetControl:
             self.ended.set()
 
     async def _drain(self, workers: Sequence[str], drain_s: float) -> None:
-        if not await drained(self._launcher.router_addresses, workers, drain_s):
+        self._say_unless(await drained(self._launcher.router_addresses, workers, drain_s), drain_s)
+
+    async def _drain_routers(self, routers: Sequence[str], drain_s: float) -> None:
+        addresses = [address for name in routers if (address := self._launcher.address_of(name))]
+        self._say_unless(await drained(addresses, None, drain_s), drain_s)
+
+    def _say_unless(self, done: bool, drain_s: float) -> None:
+        if not done:
             self._on_event(f"after {drain_s:g} s answers are still under way; they end now")
 
     def _check_serving(self) -> None:
@@ -144,24 +155,46 @@ async def _joined(router: str, workers: set[str]) -> None:
             await asyncio.sleep(POLL_S)
 
 
-async def drained(routers: Sequence[str], workers: Sequence[str], timeout_s: float) -> bool:
+async def caught_up(routers: Sequence[str], known_at: Sequence[str], timeout_s: float) -> None:
+    """Wait until each of `routers` knows the workers that the others know, at `known_at`. Raises Unavailable."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            for router in routers:
+                while not await _workers(router) >= set().union(*[await _workers(each) for each in known_at]):
+                    await asyncio.sleep(POLL_S)
+    except TimeoutError:
+        limit = f"routers {', '.join(routers)} did not hear of the fleet's workers within {timeout_s:g} s"
+        raise Unavailable(limit) from None
+
+
+async def _workers(router: str) -> set[str]:
+    """What a router knows; none while it starts, or restarts."""
+    async with Client(router) as client:
+        try:
+            return {entry.worker_id for entry in await client.workers()}
+        except grpc.aio.AioRpcError:
+            return set()
+
+
+async def drained(routers: Sequence[str], workers: Sequence[str] | None, timeout_s: float) -> bool:
     """Have no router send anything more to the workers, and wait until they are idle; False when time ran out.
 
-    A router that does not answer sends nothing either.
+    A router that does not answer sends nothing either. Without `workers` it is the routers that leave: they send
+    nothing to anybody, and what others have the workers do does not matter.
     """
     try:
         async with asyncio.timeout(timeout_s):
-            await asyncio.gather(*(_drained(router, set(workers)) for router in routers))
+            await asyncio.gather(*(_drained(router, None if workers is None else set(workers)) for router in routers))
     except TimeoutError:
         return False
     return True
 
 
-async def _drained(router: str, workers: set[str]) -> None:
+async def _drained(router: str, workers: set[str] | None) -> None:
     async with Client(router) as client:
         while True:
             try:
-                entries = [entry for entry in await client.workers() if entry.worker_id in workers]
+                entries = [e for e in await client.workers() if workers is None or e.worker_id in workers]
                 for entry in entries:
                     if not entry.draining:  # each time: a router may have restarted
                         await client.set_draining(entry.worker_id, True)
@@ -173,6 +206,10 @@ async def _drained(router: str, workers: set[str]) -> None:
             else:
                 # Of one that has only now been told its report may be older than its last request.
                 told = all(entry.draining for entry in entries)
-                if told and not any(e.in_flight or e.status.running or e.status.waiting for e in entries):
+                if told and not any(e.in_flight or (workers is not None and _busy(e)) for e in entries):
                     return
             await asyncio.sleep(POLL_S)
+
+
+def _busy(entry: WorkerEntry) -> bool:
+    return bool(entry.status.running or entry.status.waiting)

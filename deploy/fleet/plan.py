@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 from pydantic import ValidationError
 
-from deploy.fleet.config import MAX_GROUP, FleetConfig, Model, Resources, WorkerGroup
+from deploy.fleet.config import MAX_GROUP, MAX_ROUTERS, ROUTERS, FleetConfig, Model, Resources, WorkerGroup
+from deploy.fleet.logins import Logins, without_logins
 from deploy.processes import WORKER_PLACE, WorkerSettings
 from deploy.served_model import chosen_hardware
 from kv_events.bus.url import parse_bus_url
@@ -18,7 +19,6 @@ from rhizome.errors import InvalidRequest
 if TYPE_CHECKING:
     from worker.step_time import Hardware
 
-ROUTERS = "routers"
 TINY = "tiny"  # what the model that is made on the spot is called
 
 
@@ -136,12 +136,17 @@ class WorkerServer:
         ]
 
 
+Server: TypeAlias = RouterServer | WorkerServer
+
+
 @dataclass(frozen=True)
 class FleetPlan:
     """Everything that a fleet consists of. Pure: what its machines hold is found out when it is started."""
 
     config: FleetConfig
+    """Without logins: those are not for command lines and logs."""
     hardware: Hardware | None
+    logins: Logins = field(default_factory=Logins)
 
     @property
     def routers(self) -> list[RouterServer]:
@@ -161,26 +166,46 @@ class FleetPlan:
             for index in range(group.count)
         ]
 
+    @property
+    def servers(self) -> list[Server]:
+        """Routers, then workers."""
+        return [*self.routers, *self.workers]
+
     def group(self, name: str) -> WorkerGroup:
         """Raises InvalidRequest for a name that none has."""
         for group in self.config.workers:
             if group.name == name:
                 return group
-        if name == ROUTERS:
-            raise InvalidRequest("group", name, "a group of workers: routers keep their number while a fleet runs")
-        raise InvalidRequest("group", name, f"one of {', '.join(group.name for group in self.config.workers)}")
+        names = [ROUTERS, *(group.name for group in self.config.workers)]
+        raise InvalidRequest("group", name, f"one of {', '.join(names)}")
 
     def scaled(self, name: str, count: int) -> FleetPlan:
-        """The same with so many workers in a group. Raises InvalidRequest."""
-        group = self.group(name)
-        if not 0 <= count <= MAX_GROUP:
-            raise InvalidRequest("count", count, f"0 to {MAX_GROUP}")
-        groups = [each.model_copy(update={"count": count}) if each is group else each for each in self.config.workers]
+        """The same with so many workers in a group, or so many routers. Raises InvalidRequest."""
+        routers, groups = self.config.routers, self.config.workers
+        if name == ROUTERS:
+            self._check_routers(count)
+            routers = routers.model_copy(update={"count": count})
+        else:
+            group = self.group(name)
+            if not 0 <= count <= MAX_GROUP:
+                raise InvalidRequest("count", count, f"0 to {MAX_GROUP}")
+            groups = [each.model_copy(update={"count": count}) if each is group else each for each in groups]
+        changed = self.config.model_copy(update={"routers": routers, "workers": groups})
         try:
-            config = FleetConfig.model_validate(self.config.model_copy(update={"workers": groups}).model_dump())
+            config = FleetConfig.model_validate(changed.model_dump())
         except ValidationError as error:
             raise InvalidRequest("count", count, error.errors()[0]["msg"].removeprefix("Value error, ")) from None
-        return plan_fleet(config, self.hardware)
+        return replace(plan_fleet(config, self.hardware), logins=self.logins)
+
+    def _check_routers(self, count: int) -> None:
+        if not self.config.registry:
+            limit = (
+                "a group of workers: routers keep their number in a fleet without a registry, whose workers are told "
+                "of them when they start; with registry: redis://HOST:PORT/NAME in its file they find each other"
+            )
+            raise InvalidRequest("group", ROUTERS, limit)
+        if not 1 <= count <= MAX_ROUTERS:
+            raise InvalidRequest("count", count, f"1 to {MAX_ROUTERS}")
 
 
 def plan_fleet(config: FleetConfig, hardware: Hardware | None = None) -> FleetPlan:
@@ -197,7 +222,8 @@ def plan_fleet(config: FleetConfig, hardware: Hardware | None = None) -> FleetPl
     for group in config.workers:
         for url in group.events:
             check_own(url, group.count)
-    return FleetPlan(config, hardware)
+    shown, logins = without_logins(config)
+    return FleetPlan(shown, hardware, logins)
 
 
 def check_own(url: str, workers: int) -> None:

@@ -8,20 +8,23 @@ import secrets
 import socket
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import ray
 
+from deploy.fleet.logins import Logins
 from deploy.fleet.plan import FleetPlan
 from deploy.fleet.ray_manager import FleetManager
 from deploy.fleet.ray_server import MANAGER, Environment
+from kv_events.bus.redis_stream import AUTH_VARIABLE
 from rhizome.errors import InvalidRequest, NotServed, RhizomeError, Unavailable
 from rhizome.rpc import check_bind_host
 from rhizome.ticket import SECRET_VARIABLE
 from rhizome.v1 import launcher_pb2
 
 PREFIX = "rhizome-"  # of a fleet's namespace
-PASSED_ON = ("RHIZOME_REDIS_AUTH", "RHIZOME_RADIX")
+PASSED_ON = (AUTH_VARIABLE, "RHIZOME_RADIX")
 POLL_S = 0.2
 CONNECT_TIMEOUT_S = 5.0
 
@@ -90,12 +93,13 @@ def deploy_on_ray(plan: FleetPlan, address: str, say: Callable[[str], None] | No
         if node["Alive"]:
             _check_host(node["NodeManagerAddress"], insecure=plan.config.insecure)
     environment = Environment({variable: os.environ[variable] for variable in PASSED_ON if variable in os.environ})
+    environment |= plan.logins.environment(os.environ)
     environment[SECRET_VARIABLE] = os.environ.get(SECRET_VARIABLE) or secrets.token_hex(32)
     namespace = PREFIX + name
     options = ray.remote(FleetManager).options(
         name=MANAGER, namespace=namespace, lifetime="detached", num_cpus=0, max_restarts=-1
     )
-    manager: Any = options.remote(plan, namespace, environment)
+    manager: Any = options.remote(replace(plan, logins=Logins()), namespace, environment)
     try:
         routers: list[str] = _value(_watched(manager, say))
     except BaseException:

@@ -17,8 +17,9 @@ from typing import Any
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from deploy.fleet.control import READY_TIMEOUT_S, FleetControl, joined
-from deploy.fleet.plan import FleetPlan, RouterServer, WorkerServer
+from deploy.fleet.config import ROUTERS
+from deploy.fleet.control import READY_TIMEOUT_S, FleetControl, caught_up, joined
+from deploy.fleet.plan import FleetPlan, RouterServer, Server, WorkerServer
 from deploy.fleet.ray_server import Environment, FleetServer, Start, server_options
 from rhizome.errors import RhizomeError, Unavailable
 from rhizome.v1 import launcher_pb2
@@ -37,7 +38,7 @@ POLL_S = 0.1
 class Record:
     """One server's actor, and what it has said."""
 
-    server: RouterServer | WorkerServer
+    server: Server
     actor: Any  # a handle of FleetServer
     starts: int = 0
     quick_ends: int = 0
@@ -78,27 +79,38 @@ class RayLauncher:
 
     async def start(self) -> None:
         """Start routers and workers. Raises Unavailable when one does not start; what was started remains."""
-        routers, workers = self.plan.routers, self.plan.workers
-        names = [*(router.name for router in routers), *(worker.name for worker in workers)]
-        for router, node in zip(routers, _nodes_for(routers), strict=True):
+        await self._start(self.plan.servers)
+        await joined(self.router_addresses, [worker.name for worker in self.plan.workers], READY_TIMEOUT_S)
+
+    def address_of(self, name: str) -> str:
+        """A server's host:port; empty where it has not served yet."""
+        record = self._records.get(name)
+        return record.address if record else ""
+
+    async def add(self, servers: Sequence[Server]) -> None:
+        """Start servers, and wait until all routers know all workers. Raises Unavailable; none of them is left then."""
+        before = self.router_addresses
+        try:
+            await self.servers()  # where they are now
+            await self._start(servers)
+            routers = [self.address_of(server.name) for server in servers if isinstance(server, RouterServer)]
+            await caught_up(routers, before, READY_TIMEOUT_S)
+            workers = [server.name for server in servers if isinstance(server, WorkerServer)]
+            await joined(self.router_addresses, workers, READY_TIMEOUT_S)
+        except BaseException:
+            await self.remove([server.name for server in servers])
+            raise
+
+    async def _start(self, servers: Sequence[Server]) -> None:
+        routers = [server for server in servers if isinstance(server, RouterServer)]
+        load = Counter(record.last.node for record in self._routers() if record.last.node)
+        for router, node in zip(routers, _nodes_for(routers, load), strict=True):
             # Back on its node with its port it is found again; elsewhere if the node is gone.
             self._create(router, NodeAffinitySchedulingStrategy(node, soft=True) if node else "DEFAULT")
-        for worker in workers:
-            self._create(worker, "SPREAD")
-        await self._until_serving(names)
-        await joined(self.router_addresses, [worker.name for worker in workers], READY_TIMEOUT_S)
-
-    async def add(self, workers: Sequence[WorkerServer]) -> None:
-        """Start workers, and wait until all routers know them. Raises Unavailable; none of them is left then."""
-        names = [worker.name for worker in workers]
-        try:
-            for worker in workers:
-                self._create(worker, "SPREAD")
-            await self._until_serving(names)
-            await joined(self.router_addresses, names, READY_TIMEOUT_S)
-        except BaseException:
-            await self.remove(names)
-            raise
+        for server in servers:
+            if isinstance(server, WorkerServer):
+                self._create(server, "SPREAD")
+        await self._until_serving([server.name for server in servers])
 
     async def remove(self, names: Sequence[str]) -> None:
         """End actors for good: in order, by force after a grace."""
@@ -118,11 +130,10 @@ class RayLauncher:
             if each["namespace"] == self._namespace
         }
         for group in self.plan.config.workers:
-            numbers = (name.removeprefix(f"{group.name}-") for name in found if name.startswith(f"{group.name}-"))
-            count = max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
-            self.plan = self.plan.scaled(group.name, count)
-        servers: list[RouterServer | WorkerServer] = [*self.plan.routers, *self.plan.workers]
-        for server in servers:
+            self.plan = self.plan.scaled(group.name, _count(found, group.name))
+        if self.plan.config.registry:
+            self.plan = self.plan.scaled(ROUTERS, max(1, _count(found, "router")))
+        for server in self.plan.servers:
             if server.name in found:
                 self._records[server.name] = Record(server, ray.get_actor(server.name, self._namespace))
         for record, status in zip(self._records.values(), await self.servers(), strict=True):
@@ -162,7 +173,7 @@ class RayLauncher:
     def _routers(self) -> Iterable[Record]:
         return [record for record in self._records.values() if isinstance(record.server, RouterServer)]
 
-    def _create(self, server: RouterServer | WorkerServer, strategy: Any) -> None:
+    def _create(self, server: Server, strategy: Any) -> None:
         actor_class = ray.remote(FleetServer).options(**server_options(server, self._namespace, strategy))
         self._records[server.name] = Record(server, actor_class.remote(server, self._namespace, self._environment))
 
@@ -223,7 +234,7 @@ class FleetManager:
         return await _answered(self._status())
 
     async def scale(self, group: str, count: int, drain_s: float) -> tuple[str, Any]:
-        """Change a group's size; a FleetStatus."""
+        """Change a group's size, or the routers' number; a FleetStatus."""
         await self._recovered.wait()
         return await _answered(self._scale(group, count, drain_s))
 
@@ -294,7 +305,13 @@ async def _end(record: Record) -> None:
     ray.kill(record.actor, no_restart=True)
 
 
-def _needed(server: RouterServer | WorkerServer) -> dict[str, float]:
+def _count(names: Iterable[str], group: str) -> int:
+    """How many servers there are of a group: one more than the last one's number."""
+    numbers = (name.removeprefix(f"{group}-") for name in names if name.startswith(f"{group}-"))
+    return max((int(number) + 1 for number in numbers if number.isdecimal()), default=0)
+
+
+def _needed(server: Server) -> dict[str, float]:
     resources = server.resources
     needed = {"CPU": resources.cpus, "GPU": resources.gpus, **resources.custom}
     return {name: amount for name, amount in needed.items() if amount}
@@ -307,11 +324,13 @@ def _waits_for(record: Record) -> str:
     return f"{record.server.name} (no machine has {needed} free)"
 
 
-def _nodes_for(routers: Sequence[RouterServer]) -> list[str]:
-    """A node for each router, spread over those that are large enough; empty where Ray has to find one."""
+def _nodes_for(routers: Sequence[RouterServer], load: Counter[str]) -> list[str]:
+    """A node for each router, spread over those that are large enough; empty where Ray has to find one.
+
+    `load`: how many routers there are already, by node; the new ones are added.
+    """
     known = ray.nodes()  # type: ignore[no-untyped-call]
     nodes = [node for node in known if node["Alive"]]
-    load: Counter[str] = Counter()
     chosen = []
     for router in routers:
         needed = _needed(router)

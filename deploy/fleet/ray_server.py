@@ -17,7 +17,7 @@ from typing import Any
 
 import ray
 
-from deploy.fleet.plan import TINY, RouterServer, WorkerServer
+from deploy.fleet.plan import TINY, RouterServer, Server
 from deploy.processes import running_worker
 from deploy.router_list import RouterList
 from rhizome.ticket import fleet_secret
@@ -51,7 +51,7 @@ class Start:
 class FleetServer:
     """The actor. Its process ends when its server fails, for Ray to start it anew."""
 
-    def __init__(self, server: RouterServer | WorkerServer, namespace: str, environment: Environment) -> None:
+    def __init__(self, server: Server, namespace: str, environment: Environment) -> None:
         os.environ.update(environment)
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
         self._server = server
@@ -153,7 +153,7 @@ def _tiny_model(folder: Path) -> Path:
     return make_tiny_model(folder / TINY)
 
 
-def server_options(server: RouterServer | WorkerServer, namespace: str, strategy: Any) -> Mapping[str, Any]:
+def server_options(server: Server, namespace: str, strategy: Any) -> Mapping[str, Any]:
     """How Ray is to run a server's actor."""
     resources = server.resources
     return {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
@@ -15,6 +16,7 @@ from rhizome.errors import InvalidRequest, RhizomeError
 
 MAX_FILE_BYTES = 2**20
 MAX_NODES = 10_000  # aliases count as often as they stand
+PASSWORD = re.compile(r":(?!//).*@")  # of a URL, where none is expected or as it should not be written, too
 
 Field_ = tuple[str | int, ...]
 
@@ -130,5 +132,5 @@ def _told(error: ErrorDetails) -> str:
         limit, value = error["msg"].removeprefix("Value error, ").removeprefix("Input should be "), error["input"]
     if isinstance(value, dict | list):
         return f"{field}: {limit}"
-    shown = repr(value)
+    shown = PASSWORD.sub(":***@", repr(value))
     return f"{field} is {shown if len(shown) <= 100 else shown[:97] + '...'}: {limit}"

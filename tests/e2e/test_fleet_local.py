@@ -26,6 +26,7 @@ from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.timeout(300)
 
+PASSWORD = "Xylophon"
 FLEET = """
 name: demo
 model: {simulated: 8b-1xh100}
@@ -104,7 +105,8 @@ def test_a_fleet_is_shown_scaled_and_ended_from_another_process(tmp_path: Path) 
 
         asyncio.run(scale_down_under_load())
         wait_until_gone(before["chat-1"]["pid"])
-        assert "one of chat, spare" in rhizome("scale", "nothing", "1", code=2)
+        assert "one of routers, chat, spare" in rhizome("scale", "nothing", "1", code=2)
+        assert "in a fleet without a registry" in rhizome("scale", "routers", "3", code=2)
         rhizome("down", "--drain", "5")
         assert process.wait(timeout=30) == 0
         for row in before.values():
@@ -113,12 +115,65 @@ def test_a_fleet_is_shown_scaled_and_ended_from_another_process(tmp_path: Path) 
         assert find() == []
 
 
+def with_password(redis: RedisServer) -> str:
+    """The line of a fleet's file that names a registry."""
+    return f"registry: {redis.url('demo').replace('://', f'://:{PASSWORD}@')}\n"
+
+
 def test_a_fleet_with_a_registry_is_found_there(tmp_path: Path) -> None:
-    """Every router hears of every worker over Redis: neither is told the other's address."""
-    with RedisServer() as redis, up(f"{FLEET}registry: {redis.url('demo')}\n", tmp_path):
+    """Every router hears of every worker over Redis: neither is told the other's address. No process's command line
+    has the password of it."""
+    with RedisServer("--requirepass", PASSWORD) as redis, up(FLEET + with_password(redis), tmp_path):
         assert rhizome("scale", "spare", "1").strip() == "spare: 1 workers"
         shown = rows()
         assert all(shown[name]["lease_left_s"] for name in ("chat-0", "chat-1", "spare-0"))
+        for row in shown.values():
+            told = Path(f"/proc/{row['pid']}/cmdline").read_text().split("\0")
+            assert f"--registry={redis.url('demo')}" in told
+            assert not any(PASSWORD in argument for argument in told)
+        assert PASSWORD not in rhizome("status") + rhizome("status", "--json")
+
+
+def test_routers_come_and_go_while_a_fleet_serves(tmp_path: Path) -> None:
+    """A new one knows all workers and what they hold, and comes back where it was; one that leaves ends its answers,
+    and its requests go elsewhere."""
+    one_router = FLEET.replace("count: 2, port: 0", "count: 1, port: 0")
+    with RedisServer("--requirepass", PASSWORD) as redis, up(one_router + with_password(redis), tmp_path):
+        long = {"max_tokens": 300, "ignore_eos": True}
+
+        async def main() -> None:
+            async with Client(rows()["router-0"]["address"]) as first:
+                prompt = "Which shelf holds the comet logs? " * 8
+                answer = await first.complete(prompt, max_tokens=4)
+                assert (await asyncio.to_thread(rhizome, "scale", "routers", "3")).strip() == "routers: 3"
+                shown = rows()
+                assert [name for name in shown if name.startswith("router")] == ["router-0", "router-1", "router-2"]
+                os.kill(shown["router-1"]["pid"], signal.SIGKILL)
+                async with Client(shown["router-2"]["address"]) as last:
+                    assert {entry.worker_id for entry in await last.workers()} == {"chat-0", "chat-1"}
+                    async with asyncio.timeout(60):
+                        while not any(entry.indexed_blocks for entry in await last.workers()):
+                            await asyncio.sleep(0.02)
+                    again = await last.complete(prompt, max_tokens=4)
+                    assert (again.worker_id, again.cached_tokens > 0) == (answer.worker_id, True)
+                    answering = asyncio.create_task(last.complete("tell me", **long))
+                    async with asyncio.timeout(60):
+                        while not any(entry.in_flight for entry in await last.workers()):
+                            await asyncio.sleep(0.02)
+                    scaling = asyncio.create_task(asyncio.to_thread(rhizome, "scale", "routers", "2"))
+                    assert len((await answering).token_ids) == 300
+                    await scaling
+                wait_until_gone(shown["router-2"]["pid"])
+                while (after := rows())["router-1"]["state"] != "serving":
+                    pass
+                assert "router-2" not in after
+                assert after["router-1"]["address"] == shown["router-1"]["address"]
+                async with Client(after["router-1"]["address"]) as second:
+                    await second.wait_ready(workers=2, timeout_s=60)
+                    for router in (first, second):
+                        assert len((await router.complete("tell me", max_tokens=4)).token_ids) == 4
+
+        asyncio.run(main())
 
 
 def test_a_killed_worker_is_seen_to_have_come_back(tmp_path: Path) -> None:

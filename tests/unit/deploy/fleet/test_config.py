@@ -76,11 +76,23 @@ def test_what_makes_no_fleet_is_refused(text: str, line: str) -> None:
     assert line in told[0]
 
 
-def test_a_password_is_never_shown() -> None:
-    """Whatever else is wrong with a URL."""
-    (line,) = wrong(LEAST + "registry: redis://u:secret@h:1/x?y")
-    assert "secret" not in line
-    assert line.startswith("fleet.yaml:3: registry is 'redis://u:***@h:1/x?y'")
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("registry: redis://u:secret@h:1/x?y", "registry is 'redis://u:***@h:1/x?y': no query"),
+        ("registry: redis://:se#cret@h:1/x", "registry is 'redis://:***@h:1/x': redis://host:port"),
+        ("registry: redis:/u:secret@h/x", "registry is 'redis:***@h/x': one of"),
+        ("registry: u:secret@h/x", "registry is 'u:***@h/x': one of"),
+        ("routers: redis://u:secret@h/x", "routers is 'redis://u:***@h/x': a valid dictionary"),
+        ("registri: redis://u:secret@h/x", "registri is not known"),
+        ("registry: [redis://u:secret@h/x]", "registry: a valid string"),
+    ],
+)
+def test_a_password_is_never_shown(text: str, shown: str) -> None:
+    """Whatever else is wrong with a URL, or with where it stands."""
+    (line,) = wrong(LEAST + text)
+    assert "cret" not in line
+    assert line.startswith(f"fleet.yaml:3: {shown}")
 
 
 def test_aliases_cannot_blow_a_file_up() -> None:

@@ -12,6 +12,8 @@ from deploy.fleet.commands import fleet_of_options
 from deploy.fleet.plan import plan_fleet
 from deploy.fleet.reading import parse_fleet, read_fleet
 from deploy.processes import WorkerSettings
+from kv_events.bus.redis_stream import AUTH_VARIABLE, credentials
+from kv_events.bus.url import parse_bus_url
 from rhizome.errors import InvalidRequest
 
 TEXT = """
@@ -74,13 +76,59 @@ def test_a_group_is_scaled_within_its_limits() -> None:
     assert [worker.name for worker in plan.scaled("then", 2).workers][2:] == ["then-0", "then-1"]
     assert [worker.name for worker in plan.scaled("first", 1).workers] == ["first-0", "then-0"]
     for group, count, says in [
-        ("routers", 3, "routers keep their number"),
-        ("last", 1, "one of first, then"),
+        ("routers", 3, "routers keep their number in a fleet without a registry"),
+        ("last", 1, "one of routers, first, then"),
         ("first", 513, "0 to 512"),
         ("then", 0, "prefill workers need decode workers"),
     ]:
         with pytest.raises(InvalidRequest, match=says):
             plan.scaled(group, count)
+
+
+def test_routers_are_scaled_where_workers_find_them_by_themselves() -> None:
+    """In a registry. New ones have the ports that follow, and nothing else changes."""
+    registry = "registry: redis://:secret@127.0.0.1/demo\n"
+    plan = plan_fleet(parse_fleet(TEXT + registry, "fleet.yaml"))
+    grown = plan.scaled("routers", 3)
+    assert [(router.name, router.port) for router in grown.routers][2:] == [("router-2", 7802)]
+    assert [worker.name for worker in grown.workers] == [worker.name for worker in plan.workers]
+    assert grown.logins is plan.logins
+    assert [router.name for router in grown.scaled("routers", 1).routers] == ["router-0"]
+    for count in (0, 17):
+        with pytest.raises(InvalidRequest, match="count is .*: 1 to 16"):
+            plan.scaled("routers", count)
+    high = plan_fleet(parse_fleet(TEXT.replace("7800", "65534") + registry, "fleet.yaml"))
+    with pytest.raises(InvalidRequest, match="leaves no room for 3 routers"):
+        high.scaled("routers", 3)
+
+
+def test_logins_are_for_the_environment_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No server's settings or arguments have a password, and nothing shows one; the environment has it for that server
+    alone, before what it had for others."""
+    text = TEXT.replace('"zmq://127.0.0.1:0"', '"redis://ann:a%3A@h:7000/1/{worker}"')
+    plan = plan_fleet(parse_fleet(f"{text}registry: rediss://:Xylo%40@redis.example/demo\n", "fleet.yaml"))
+    assert plan.config.registry == "rediss://redis.example:6379/demo"
+    assert plan.workers[2].group.events == ["redis://h:7000/1/{worker}"]
+    told = [repr(plan), repr(plan.servers)]
+    told += [" ".join(worker.arguments(worker.settings([]))) for worker in plan.workers]
+    told += [" ".join(router.arguments()) for router in plan.routers]
+    assert not any("Xylo" in text or "a%3A" in text or "a:" in text for text in told)
+    for name, value in plan.logins.environment({AUTH_VARIABLE: ":other@there:1"}).items():
+        monkeypatch.setenv(name, value)
+    for url, login in [
+        ("rediss://redis.example/x", ("", "Xylo@")),
+        ("redis://redis.example/x", ("", "")),
+        ("redis://h:7000/x", ("ann", "a:")),
+        ("rediss://there:1/x", ("", "other")),
+    ]:
+        assert credentials(parse_bus_url(url)) == login
+
+
+def test_a_server_has_one_login() -> None:
+    """Processes take them by server, not by URL."""
+    text = TEXT.replace('"zmq://127.0.0.1:0"', '"redis://:one@h/{worker}"') + "registry: redis://:two@h/demo\n"
+    with pytest.raises(InvalidRequest, match=r"registry is 'redis://h:6379/demo': the login that another URL"):
+        plan_fleet(parse_fleet(text, "fleet.yaml"))
 
 
 def test_workers_that_would_share_a_port_are_refused() -> None:
@@ -105,6 +153,7 @@ def test_paths_start_where_the_file_lies(tmp_path: Path) -> None:
     ("line", "says"),
     [
         ("workers: [{name: router}]", "no group of workers may be called router"),
+        ("workers: [{name: routers}]", "no group of workers may be called routers"),
         ("workers: [{kv_cache_mib: 3}]", "not for simulated workers"),
     ],
 )

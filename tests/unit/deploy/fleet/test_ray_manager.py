@@ -10,6 +10,7 @@ import pytest
 from deploy.fleet.plan import FleetPlan, plan_fleet
 from deploy.fleet.reading import parse_fleet
 from rhizome.errors import Unavailable
+from rhizome.v1 import launcher_pb2
 
 ray_manager = pytest.importorskip("deploy.fleet.ray_manager", reason="Ray is not installed: pip install 'rhizome[ray]'")
 
@@ -79,6 +80,24 @@ def test_what_ends_again_and_again_is_started_ever_more_rarely() -> None:
     assert delays[2:] == sorted(delays[2:])
     assert (delays[2], delays[-1]) == (0.8, 10.0)
     assert record.start(1000.0) == 0.0
+
+
+def test_a_manager_that_comes_back_learns_how_many_routers_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the actors' names, as of workers, whatever the file said."""
+    fleet, actors = launcher("registry: redis://127.0.0.1/x\n")
+    fleet._records.clear()
+    names = ["router-0", "router-1", "router-2", "both-0"]
+    found = [{"name": name, "namespace": "rhizome-x"} for name in names]
+    monkeypatch.setattr(ray_manager.ray.util, "list_named_actors", lambda all_namespaces: found)
+    monkeypatch.setattr(ray_manager.ray, "get_actor", lambda name, namespace: actors.get(name, Actor()))
+
+    async def nothing() -> list[launcher_pb2.ServerStatus]:
+        return [launcher_pb2.ServerStatus(name=name, address=f"h:{at}") for at, name in enumerate(names)]
+
+    monkeypatch.setattr(fleet, "servers", nothing)
+    asyncio.run(fleet.recover())
+    assert [router.name for router in fleet.plan.routers] == names[:3]
+    assert fleet.router_addresses == ["h:0", "h:1", "h:2"]
 
 
 def test_the_environment_shows_names_alone() -> None:
