@@ -27,6 +27,7 @@ from rhizome.ticket import SECRET_VARIABLE
 from rhizome.v1 import generation_pb2, router_pb2
 from router.client import Client
 from tests.support.ray_nodes import RayNodes, started
+from tests.support.redis_server import RedisServer
 
 pytestmark = pytest.mark.timeout(500)
 
@@ -191,12 +192,12 @@ class Story:
         assert (rows["router-1"]["address"], rows["router-1"]["restarts"]) == (self.routers[1], 1)
         assert (await self.other.complete("hello", max_tokens=2)).token_ids
 
-    async def a_killed_manager_is_not_missed(self) -> None:
+    async def a_killed_manager_is_not_missed(self, fleet: str = "story") -> None:
         """Requests do not need it; it comes back knowing the fleet."""
         import ray
 
         before = await self.rows()
-        manager = ray.get_actor("manager", "rhizome-story")
+        manager = ray.get_actor("manager", f"rhizome-{fleet}")
         ray.kill(manager, no_restart=False)
         assert (await self.client.complete("hello", max_tokens=2)).token_ids
         async with asyncio.timeout(PATIENCE_S):
@@ -280,6 +281,38 @@ def test_the_commands_deploy_show_and_end_a_fleet_of_real_models(ray_nodes: RayN
     )
     assert again.returncode == 1
     assert "no fleet commands runs on this Ray cluster" in again.stderr
+
+
+def test_routers_come_and_go_where_a_registry_is(ray_nodes: RayNodes) -> None:
+    """A new router knows all workers; so does a manager that comes back know it. The registry's password is in no
+    process's command line, in no log and not in the manager's plan."""
+    from deploy.fleet.ray_cluster import deploy_on_ray, ray_control
+
+    password = "Xylophon"
+    text = FLEET.replace("name: story", "name: routers").replace("count: 2, port", "count: 1, port")
+
+    async def life(routers: list[str]) -> None:
+        story = Story(ray_nodes, ray_control("routers", ray_nodes.address), routers)
+        assert sorted(await story.rows()) == ["chat-0", "chat-1", "router-0"]
+        await story.control.scale("routers", 2, 5.0)
+        for row in (await story.rows()).values():
+            assert row["state"] == "serving"
+            assert password not in Path(f"/proc/{row['pid']}/cmdline").read_text()
+        async with Client((await story.rows())["router-1"]["address"]) as story.client:
+            assert {entry.worker_id for entry in await story.client.workers()} == {"chat-0", "chat-1"}
+            assert (await story.client.complete("hello", max_tokens=2)).token_ids
+            await story.a_killed_manager_is_not_missed("routers")
+        await story.control.scale("routers", 1, 5.0)
+        assert sorted(await story.rows()) == ["chat-0", "chat-1", "router-0"]
+        async with Client(routers[0]) as first:
+            assert (await first.complete("hello", max_tokens=2)).token_ids
+        await story.control.shutdown(5.0)
+
+    with RedisServer("--requirepass", password) as redis:
+        registry = redis.url("routers").replace("://", f"://:{password}@")
+        plan = plan_fleet(parse_fleet(f"{text}registry: {registry}\n", "fleet.yaml"))
+        asyncio.run(life(deploy_on_ray(plan, ray_nodes.address, lambda line: None)))
+    assert not any(password in text for text in ray_nodes.logs())
 
 
 @pytest.mark.parametrize(
