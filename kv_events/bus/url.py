@@ -207,6 +207,8 @@ def _refuse(url: str, limit: str) -> NoReturn:
     login, at, where = rest.rpartition("@")
     if scheme not in ("memory", "zmq") and at and ":" in login:  # whatever else is wrong with it
         url = f"{scheme}{separator}{login.partition(':')[0]}:***@{where}"
+    elif not separator and ":" in url.rpartition("@")[0]:
+        url = f"{url.partition(':')[0]}:***@{url.rpartition('@')[2]}"
     raise InvalidRequest(_FIELD, url, limit) from None
 
 

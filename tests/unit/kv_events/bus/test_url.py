@@ -127,6 +127,8 @@ def test_what_is_no_bus_url_is_refused(url: str, limit: str) -> None:
         "rediss://me:hunter2@host/s#x",
         "grpc://me:hunter2@host:1",
         "http://me:hunter2@host:1",
+        "redis:/me:hunter2@host/s",
+        "me:hunter2@host/s",
     ],
 )
 def test_a_password_is_never_shown(url: str) -> None:
