@@ -53,10 +53,15 @@ class EngineBlocks:
 class PeerBlocks:
     """One worker's pulls on behalf of requests."""
 
-    def __init__(self, thread: EngineThread, puller: Puller, secret: bytes = b"") -> None:
+    def __init__(
+        self, thread: EngineThread, puller: Puller, secret: bytes = b"", *, slowest_block_s: float | None = None
+    ) -> None:
+        """`slowest_block_s`: a pull may take as long for each block [its bytes at SLOWEST_BYTES_S]."""
         self._thread = thread
         self._puller = puller
         self._secret = secret
+        own_pace_s = puller.memory.layout.block_bytes / SLOWEST_BYTES_S
+        self._slowest_block_s = own_pace_s if slowest_block_s is None else slowest_block_s
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="rhizome-pull")
 
     async def fetch(self, request: EngineRequest, signed: bytes) -> None:
@@ -67,8 +72,7 @@ class PeerBlocks:
         """
         if request.bypass_prefix_cache:
             return
-        size_bytes = len(request.keys) * self._puller.memory.layout.block_bytes
-        deadline = Deadline(START_S + size_bytes / SLOWEST_BYTES_S)
+        deadline = Deadline(START_S + len(request.keys) * self._slowest_block_s)
         future = self._threads.submit(self._fetch, request, signed, deadline)
         try:
             await asyncio.shield(asyncio.wrap_future(future))  # one that waits its turn has a lease to give back

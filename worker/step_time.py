@@ -67,7 +67,7 @@ class Hardware:
     kv_tokens: int  # on the device
     host_kv_tokens: int = 0  # besides, where a host tier is on
     host_token_s: float = 0.0  # to bring a token's KV from the host tier back
-    fetch_token_s: float = 0.0  # to pull a token's KV from a peer
+    fetch_token_s: float = 0.0  # to pull a token's KV from a peer: its bytes over the network's pace; 0: it cannot
     max_batched_tokens: int = 8192  # of a step
     max_running: int = 256  # sequences
 
@@ -80,7 +80,7 @@ HARDWARE: dict[str, Hardware] = {
         Hardware(
             name="70b-4xh100",
             source="computed: 2 * 70e9 FLOP a token at half of 4 x 990 TFLOP/s, 141 GB of weights and 320 KiB of KV a "
-            "token at 3.35 TB/s a GPU; host tier over PCIe 5 at 50 GB/s a GPU, peers at 50 GB/s",
+            "token at 3.35 TB/s a GPU; host tier over PCIe 5 at 50 GB/s a GPU, peers at 50 GB/s (one port of 400 Gb/s)",
             steps=StepTimeModel(24.0e-3, 16.0e-3, 0.05e-3, 3.06e-8, 0.071e-3, 1.66e-9),
             kv_tokens=805 * 512,
             host_kv_tokens=4 * 805 * 512,
@@ -89,7 +89,8 @@ HARDWARE: dict[str, Hardware] = {
         ),
         Hardware(
             name="8b-1xh100",
-            source="the polynomials of Dynamo's mocker (github.com/ai-dynamo/dynamo, lib/mocker), fitted to our terms",
+            source="the polynomials of Dynamo's mocker (github.com/ai-dynamo/dynamo, lib/mocker), fitted to our terms; "
+            "128 KiB of KV a token; host tier over PCIe 5 at 50 GB/s, peers at 25 GB/s (one port of 200 Gb/s)",
             steps=StepTimeModel(
                 16.5e-3,
                 5.74e-3,
