@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from types import TracebackType
 
 from rhizome.errors import InvalidRequest, RhizomeError
+from rhizome.rpc import check_bind_host
 from worker.transfer.deadline import Deadline
 from worker.transfer.errors import OutOfTime, TransferFailed
 from worker.transfer.holder import Holder
@@ -220,8 +221,11 @@ def _address(text: str, insecure: bool) -> tuple[str, int]:
     host = host.strip("[]")
     if not host or not port.isdecimal() or int(port) > 65535:
         raise InvalidRequest("transfer address", text, "host:port")
-    if not insecure and host not in ("127.0.0.1", "::1", "localhost"):
-        raise InvalidRequest("transfer address", text, "loopback: blocks go in the clear (or say insecure)")
+    try:
+        check_bind_host(host, insecure=insecure)
+    except InvalidRequest:
+        limit = "loopback: blocks go in the clear (or say insecure)"
+        raise InvalidRequest("transfer address", text, limit) from None
     return host, int(port)
 
 
