@@ -73,6 +73,7 @@ def simulated_model(settings: WorkerSettings, hardware: Hardware) -> ServedModel
     """A model of time only. Raises InvalidRequest."""
     from worker.byte_tokenizer import END, EOS, byte_tokenizer_files
     from worker.scheduler import SchedulerConfig
+    from worker.simulated_network import simulated_memory
     from worker.simulated_runner import VOCAB_SIZE, SimulatedRunner
 
     num_blocks = hardware.kv_tokens // settings.block_size
@@ -92,7 +93,22 @@ def simulated_model(settings: WorkerSettings, hardware: Hardware) -> ServedModel
     block_load_s = hardware.host_token_s * settings.block_size
     runner = SimulatedRunner(hardware.steps, block_load_s=block_load_s, time_scale=settings.time_scale)
     files = byte_tokenizer_files(LONGEST)
-    return ServedModel(config, runner, files, VOCAB_SIZE, frozenset({EOS, END}), clock=runner.busy_s)
+    memory = None
+    if simulated_fetch_token_s(settings, hardware):
+        memory = simulated_memory(num_blocks, names=(settings.served_name, settings.block_size))
+    return ServedModel(config, runner, files, VOCAB_SIZE, frozenset({EOS, END}), clock=runner.busy_s, memory=memory)
+
+
+def simulated_fetch_token_s(settings: WorkerSettings, hardware: Hardware) -> float:
+    """What it takes to pull a token's KV from a peer; 0: these workers do not pull.
+
+    Raises InvalidRequest for what routers would refuse.
+    """
+    seconds = hardware.fetch_token_s / settings.time_scale
+    if seconds >= 1:
+        limit = f"below {settings.time_scale:g}, for a token in less than 1 s at time_scale {settings.time_scale:g}"
+        raise InvalidRequest(f"hardware {hardware.name}: fetch_token_s", hardware.fetch_token_s, limit)
+    return seconds
 
 
 def torch_model(settings: WorkerSettings, directory: Path) -> ServedModel:

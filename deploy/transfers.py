@@ -37,7 +37,9 @@ async def transfers(
     if memory is None:
         yield Transfers()
         return
+    from deploy.served_model import simulated_fetch_token_s
     from worker.peers import FETCH_BYTES_S, EngineBlocks, PeerBlocks
+    from worker.simulated_network import SLOWEST, SimulatedNetwork
     from worker.transfer.holder import Holder
     from worker.transfer.puller import Puller
     from worker.transfer.server import TransferServer
@@ -48,12 +50,18 @@ async def transfers(
     holder = Holder(identity.worker_id, identity.epoch, memory, EngineBlocks(thread), secret=identity.secret)
     thread.engine.lend = holder.lend
     ways: list[Transport] = [LocalTransport(), ShmTransport(), TcpTransport()]
-    peers = PeerBlocks(thread, Puller(memory, ways, secret=identity.secret), identity.secret)
+    fetch_token_s = memory.layout.block_bytes / settings.block_size / FETCH_BYTES_S
+    slowest_block_s: float | None = None
+    if settings.hardware is not None:
+        fetch_token_s = simulated_fetch_token_s(settings, settings.hardware)
+        network = SimulatedNetwork(fetch_token_s * settings.block_size)
+        ways, slowest_block_s = [network.over(way) for way in ways], SLOWEST * network.block_s
+    puller = Puller(memory, ways, secret=identity.secret)
+    peers = PeerBlocks(thread, puller, identity.secret, slowest_block_s=slowest_block_s)
     host = f"[{settings.host}]" if ":" in settings.host.strip("[]") else settings.host
     server = TransferServer(holder, tcp=f"{host}:0", insecure=settings.insecure)
     server.__enter__()
     try:
-        fetch_token_s = memory.layout.block_bytes / settings.block_size / FETCH_BYTES_S
         offers = tuple(_reached_at(settings, offer) for offer in holder.offers)
         _log.info("blocks are served at %s", ", ".join(offers))
         yield Transfers(peers, offers, fetch_token_s)
