@@ -344,17 +344,37 @@ def check(file: Annotated[Path, typer.Argument(help="a fleet's file")]) -> None:
     typer.echo(checked(plan_fleet(read_fleet(file)), file))
 
 
-@app.command()
+@app.command(cls=RayCommand)
 def demo(
     json_output: Annotated[bool, typer.Option("--json", help="one JSON object on standard output")] = False,
-    workers: Annotated[int, typer.Option(min=1, max=16)] = 2,
+    disagg: Annotated[
+        bool, typer.Option("--disagg", help="play on workers that do everything, then with prefill apart from decode")
+    ] = False,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="[ADDRESS]",
+            help="play on a Ray cluster by its host:port, or on the one of this machine, which is started if need be",
+        ),
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, max=16, help="[default: 2, with --disagg 3: one of them for prefill]")
+    ] = None,
     sessions: Annotated[int, typer.Option(min=1, max=64, help="concurrent conversations")] = 6,
     turns: Annotated[int, typer.Option(min=2, max=20, help="turns of each")] = 5,
+    insecure: Annotated[bool, typer.Option("--insecure", help="with --ray: serve off-host in the clear")] = False,
 ) -> None:
-    """Play multi-turn conversations on an embedded cluster, KV-aware, round-robin and without a cache."""
-    from deploy.demo import run_demo
+    """Play multi-turn conversations on an embedded cluster: KV-aware, round-robin and without a cache. Ends with 1
+    unless all answer alike."""
+    from deploy.demo.command import run_demo
+    from rhizome.errors import InvalidRequest
 
-    sys.exit(asyncio.run(run_demo(workers=workers, sessions=sessions, turns=turns, json_output=json_output)))
+    count = (3 if disagg else 2) if workers is None else workers
+    if disagg and count < 2:
+        raise InvalidRequest("--workers", count, "2 to 16 with --disagg: one for prefill, the others for decode")
+    options: dict[str, Any] = {"disagg": disagg, "ray": ray, "insecure": insecure, "json_output": json_output}
+    sys.exit(run_demo(workers=count, sessions=sessions, turns=turns, **options))
 
 
 @app.command()
