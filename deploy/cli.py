@@ -167,6 +167,13 @@ def router(
     registry: Annotated[
         str, typer.Option(help="redis://HOST:PORT/FLEET, where workers announce themselves to any number of routers")
     ] = "",
+    local_prefill_ms: Annotated[
+        float,
+        typer.Option(
+            min=0,
+            help="a decode worker computes prompts itself that take it no longer; the rest goes to prefill workers",
+        ),
+    ] = 50.0,
     record_trace: Annotated[
         Path | None,
         typer.Option(
@@ -198,6 +205,7 @@ def router(
         secret=fleet_secret(),
         observe=observe,
         registry=registry,
+        local_prefill_s=local_prefill_ms / 1000,
         insecure=insecure,
         **given,
     )

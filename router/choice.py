@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from random import Random
 
 import numpy as np
@@ -11,6 +12,7 @@ from radix.backend import native
 from rhizome.errors import Overloaded, Unavailable
 from router.candidates import Candidates
 from router.decision import Comparison, Decision, NobodyChosen, Overlap
+from router.disagg import LOCAL_PREFILL_S, Roles, can_pull, roles_of, to_go_on
 from router.fleet import Fleet, Member, ModelCard, Role
 from router.index import Index
 from router.objective import Objective
@@ -21,6 +23,15 @@ from router.table import Floats, Slots, WorkerTable
 
 MIN_RETRY_S, MAX_RETRY_S = 0.1, 10.0
 ALONE = 0.05  # a router to which no more of the sequences in flight are foreign decides as if there was no other
+
+
+@dataclass(frozen=True, slots=True)
+class Able:
+    """The workers that take requests for a model."""
+
+    slots: Slots
+    card: ModelCard
+    roles: Roles | None  # None: all of role both
 
 
 class Choice:
@@ -38,9 +49,11 @@ class Choice:
         objective: Objective,
         foreign_share: Callable[[], float],
         seed: int | None,
+        local_prefill_s: float = LOCAL_PREFILL_S,
     ) -> None:
         """`held_blocks` gives leading blocks of a prompt by slot, shape (2, slots): on the device, and in any tier;
-        `foreign_share` that of the sequences in flight which other routers have sent. See `choose_apart` for `seed`."""
+        `foreign_share` that of the sequences in flight which other routers have sent. See `choose_apart` for `seed`.
+        Decode workers compute prompts themselves that take at most `local_prefill_s`."""
         self._fleet = fleet
         self._index = index
         self._table = table
@@ -51,7 +64,8 @@ class Choice:
         self._random = Random(seed)  # noqa: S311 - so that routers differ
         self._default_policy = policy
         self._policies: dict[str, Policy] = {policy: make_policy(policy)}
-        self._able: dict[str, tuple[Slots, ModelCard]] = {}  # by model; forgotten when a member changes
+        self._local_prefill_s = local_prefill_s
+        self._able: dict[str, Able] = {}  # by model; forgotten when a member changes
 
     def policy(self, request: RouteRequest) -> Policy:
         """The request's, or the router's. Raises InvalidRequest for an unknown one."""
@@ -71,26 +85,28 @@ class Choice:
         for policy in self._policies.values():
             policy.forget(slot)
 
-    def able(self, model: str) -> tuple[Slots, ModelCard]:
-        """Workers that take requests for a model, by slot, and its card. Raises NotServed, Unavailable."""
+    def able(self, model: str) -> Able:
+        """Workers that take requests for a model. Raises NotServed, Unavailable."""
         known = self._able.get(model)
         if known is None:
             card = self._fleet.card(model)
-            slots = sorted(self._index.slot(member.info.worker_id) for member in self._members_able(card.name))
-            known = self._able[model] = np.array(slots, np.intp), card
+            workers = {self._index.slot(member.info.worker_id): member.info for member in self._members_able(card.name)}
+            slots = sorted(workers)
+            roles = roles_of([workers[slot] for slot in slots])
+            known = self._able[model] = Able(np.array(slots, np.intp), card, roles)
         return known
 
     def _members_able(self, model: str) -> list[Member]:
         members = self._fleet.serving(model)
         able = [member for member in members if _takes_requests(member)]
-        if not able:
-            partial = sum(member.info.role is not Role.BOTH for member in members)
+        if all(member.info.role is Role.PREFILL for member in able):
+            prefill = sum(member.info.role is Role.PREFILL for member in members)
             draining = sum(member.draining for member in members)
             starting = sum(not member.ready for member in members)
             unreachable = sum(member.unreachable for member in members)
             raise Unavailable(
                 f"no worker takes requests for model {model}: of {len(members)} registered, {draining} draining, "
-                f"{starting} starting, {unreachable} unreachable, {partial} of role prefill or decode (not both)"
+                f"{starting} starting, {unreachable} unreachable, {prefill} of role prefill, which only begin answers"
             )
         return able
 
@@ -116,14 +132,35 @@ class Choice:
 
     def scored(self, request: RouteRequest, now: float, waited_s: float) -> tuple[Candidates, Floats]:
         """All candidates, and their scores, whether they have room or not. Raises like `compare`, Overloaded apart."""
-        slots, card = self.able(request.model)
-        held_blocks = self._held_blocks(request)
-        rows = Candidates(slots, self._table.values, request.prompt_tokens, card.block_size, held_blocks, now)
+        able = self.able(request.model)
+        rows = self._candidates(request, able, now)
         policy = self.policy(request)
         scores = policy.scores(prompt_of(request), rows)
         if self._objective and policy.holds:  # its scores are seconds
             scores = scores + self._objective.cost_s(rows, request.sequences, waited_s)
+        if able.roles is not None:
+            scores = able.roles.assign(
+                rows, scores, splits=_splits(request), in_seconds=policy.holds, local_s=self._local_prefill_s
+            )
         return rows, scores
+
+    def compare_to_go_on(self, request: RouteRequest, now: float, *, lent: bool) -> Comparison:
+        """Who may go on with an answer that was begun elsewhere, and who is best. `lent`: those that can pull get the
+        prompt's blocks from there; others compute it again. Raises NotServed, Unavailable, Overloaded."""
+        able = self.able(request.model)
+        rows = self._candidates(request, able, now)
+        scores = to_go_on(rows, can_pull(rows) if lent else np.zeros(len(rows), np.bool_))
+        if able.roles is not None:
+            scores = able.roles.assign(rows, scores, splits=False, in_seconds=True, local_s=0.0)
+        best = choose(rows, scores, lambda least: least)
+        if best is None:
+            raise _all_full(rows, self._index.slot_names)
+        scores, chosen, tied = best
+        return Comparison(rows, rows.at(chosen), scores, chosen, tied, self._index.slot_names, " s", False)
+
+    def _candidates(self, request: RouteRequest, able: Able, now: float) -> Candidates:
+        held_blocks = self._held_blocks(request)
+        return Candidates(able.slots, self._table.values, request.prompt_tokens, able.card.block_size, held_blocks, now)
 
     # What is told of it.
 
@@ -147,6 +184,7 @@ class Choice:
             observed=self._overlaps(request, rows.block_size) if self._observed else (),
             fetched_tokens=fetched_tokens,
             fetch_from=names[rows.slots.item(rows.source())] if fetched_tokens else "",
+            begins=info.role is Role.PREFILL,
         )
 
     def nobody(self, request: RouteRequest, block_size: int) -> Decision:
@@ -218,7 +256,13 @@ def prompt_of(request: RouteRequest) -> Prompt:
 
 
 def _takes_requests(member: Member) -> bool:
-    return member.ready and not member.draining and not member.unreachable and member.info.role is Role.BOTH
+    able = member.ready and not member.draining and not member.unreachable
+    return able and (member.info.role is not Role.PREFILL or bool(member.info.transfer_offers))
+
+
+def _splits(request: RouteRequest) -> bool:
+    """Whether its answer may begin at one worker and go on at another."""
+    return request.streamed and request.sequences == 1 and not request.bypass_prefix_cache
 
 
 def _all_full(rows: Candidates, names: Sequence[str]) -> Overloaded:

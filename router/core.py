@@ -9,6 +9,7 @@ from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER
 from rhizome.errors import Conflict, Duplicate, InvalidRequest, RhizomeError
 from router.choice import Choice, prompt_of
 from router.decision import Comparison, Decision
+from router.disagg import LOCAL_PREFILL_S
 from router.fleet import LEASE_S, Fleet, ModelCard, WorkerInfo, WorkerReport
 from router.fleet_timing import FleetTiming
 from router.index import Index
@@ -41,6 +42,7 @@ class Router:
         max_blocks_per_worker: int = DEFAULT_MAX_BLOCKS_PER_WORKER,
         prior: StepCosts = PRIOR,
         seed: int | None = None,
+        local_prefill_s: float = LOCAL_PREFILL_S,
         validate: bool = False,
     ) -> None:
         self.fleet = Fleet(lease_s)
@@ -61,6 +63,7 @@ class Router:
             objective=objective,
             foreign_share=self.load.foreign_share,
             seed=seed,
+            local_prefill_s=local_prefill_s,
         )
         self._late = LateBinding(self._choice, self._table, self._placed, objective)
         self._validate = validate
@@ -95,6 +98,8 @@ class Router:
         member = self.fleet.heartbeat(worker_id, epoch, report, now)
         self.load.report(worker_id, report, now)
         self.timing.observe(worker_id, report, now)
+        if 0 < report.fetch_token_s < 1 and member.info.transfer_offers:  # as measured; from the wire, so bounded
+            self._table.set(self.index.slot(worker_id), Column.FETCH_TOKEN_S, (report.fetch_token_s,))
         self._checked()
         return member.draining
 
@@ -209,15 +214,38 @@ class Router:
 
     def explain(self, request: RouteRequest, now: float) -> Decision:
         """What route would decide; reserves nothing. Raises the same, Duplicate apart."""
-        return self._choice.decision(request, self._choice.compare(request, now), 0.0)
+        decision = self._choice.decision(request, self._choice.compare(request, now), 0.0)
+        if decision.begins:
+            next_one = self._choice.compare_to_go_on(request, now, lent=True)
+            decision.goes_on = self._choice.decision(request, next_one, 0.0).worker_id
+        return decision
 
     def _depths(self, request: RouteRequest) -> Floats:
         if request.bypass_prefix_cache:
             return np.zeros((2, len(self.index.slot_names)))
         return self.index.match(request.hashes)
 
+    def hand_over(self, request: RouteRequest, now: float, *, lent: bool) -> Decision:
+        """The worker that began the request's answer has done its part, or is gone: choose who goes on, and move the
+        request's load there. `lent`: the prompt's blocks can be pulled from who began.
+
+        Raises NotServed, Unavailable, Overloaded; then no load is left.
+        """
+        self.load.release(request.request_id, now)
+        comparison = self._choice.compare_to_go_on(request, now, lent=lent)
+        decision = self._choice.decision(request, comparison, 0.0)
+        self._reserve(request, comparison, decision, now)
+        self._checked()
+        return decision
+
     def _placed(self, request: RouteRequest, comparison: Comparison, now: float, held_s: float = 0.0) -> Decision:
         decision = self._choice.decision(request, comparison, held_s)
+        self._reserve(request, comparison, decision, now)
+        self._choice.policy(request).placed(prompt_of(request), comparison.rows, comparison.chosen)
+        self._checked()
+        return decision
+
+    def _reserve(self, request: RouteRequest, comparison: Comparison, decision: Decision, now: float) -> None:
         best = comparison.best
         self.load.reserve(
             Reservation(
@@ -234,9 +262,6 @@ class Router:
                 streamed=request.streamed,
             )
         )
-        self._choice.policy(request).placed(prompt_of(request), comparison.rows, comparison.chosen)
-        self._checked()
-        return decision
 
     def explain_observed(self, request: RouteRequest, block_size: int) -> Decision:
         """What observed workers hold of a request for a model that no worker serves: nobody is chosen."""

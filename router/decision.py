@@ -94,6 +94,8 @@ class Decision:
     observed: tuple[Overlap, ...] = ()
     fetched_tokens: int = 0  # of the cached ones, what pays to fetch ...
     fetch_from: str = ""  # ... from this worker
+    begins: bool = False  # the worker answers the first token only; who goes on is decided then
+    goes_on: str = ""  # who it would be now, where that was asked for
 
     @property
     def reason(self) -> str:

@@ -54,7 +54,7 @@ class LateBinding:
         gone: list[tuple[str, Decision | RhizomeError]] = []
         for model in self._holding.models():
             try:
-                slots, _ = self._choice.able(model)
+                slots = self._choice.able(model).slots
             except RhizomeError as error:
                 gone += [(held.request.request_id, error) for held in self._holding.in_order(model, now)]
             else:

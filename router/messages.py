@@ -200,6 +200,7 @@ def explanation_message(decision: Decision, hashes: Hashes) -> router_pb2.Decisi
     """A decision with all its candidates, the prompt's block hashes, and who else holds how much of it."""
     message = _decision_message(decision, decision.candidates)
     message.block_hashes = hashes.astype("<u8", copy=False).tobytes()
+    message.decode_worker_id = decision.goes_on
     for overlap in decision.observed:
         message.observed.add(worker_id=overlap.worker_id, cached_tokens=overlap.cached_tokens)
     return message

@@ -17,8 +17,9 @@ from radix.tree import DEFAULT_MAX_BLOCKS, DEFAULT_MAX_BLOCKS_PER_WORKER, LARGES
 from rhizome import rpc, ticket, validate
 from rhizome.errors import InvalidRequest, Unavailable
 from rhizome.v1 import fleet_pb2, router_pb2, worker_pb2
+from router.answers import Answers
 from router.core import Router
-from router.decision import Decision
+from router.disagg import LOCAL_PREFILL_S
 from router.dispatcher import Dispatcher
 from router.fleet import HEARTBEATS_PER_LEASE, LEASE_S
 from router.links import Links, WorkerLink, check_events_url
@@ -37,7 +38,6 @@ from router.messages import (
 from router.objective import Objective
 from router.observed import Observed, observed_card, observing, parse_observed, warn_of_other_block_sizes
 from router.policies import DEFAULT_POLICY
-from router.pull_tickets import pull_ticket
 from router.registry import RegistryFollower
 from router.trace_recorder import RecordedRequest, TraceRecorder, recording_trace
 from router.whole_tree import TreeSender
@@ -45,21 +45,10 @@ from router.whole_tree import TreeSender
 logger = logging.getLogger(__name__)
 
 EXPIRY_INTERVAL_S = 0.25
-MAX_WORKERS_TRIED = 3  # for one request, while none has delivered anything
 INLINE_BYTES = 8192  # a longer request is tokenized and hashed in a thread, so that others do not wait for it
 INLINE_PACKED_BYTES = 2**18  # token ids only need to be hashed: 64k of them in a millisecond
 CLEAR_TIMEOUT_S = 10.0
 INDEX_CHUNK_BLOCKS = 2**16  # 512 KiB
-STATUS_DETAILS = "grpc-status-details-bin"
-
-
-class WorkerLost(Unavailable):
-    """A worker went away while it served a request."""
-
-    def __init__(self, link: WorkerLink, delivered: int, details: str) -> None:
-        where = f"worker {link.info.worker_id} at {link.info.address}"
-        super().__init__(f"{where} went away after {delivered} chunks of the answer: {details}")
-        self.delivered = delivered
 
 
 class RouterService:
@@ -80,80 +69,30 @@ class RouterService:
         self._observed = observed
         self._secret = secret
         self._recorder = recorder
+        self._answers = Answers(router, links, dispatcher, secret)
         self._trees = TreeSender(router.fleet, router.index)
 
     async def generate(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> None:
-        """Route, then pass the worker's chunks through; while nothing was delivered another worker can take over."""
+        """See Answers.answer."""
         arrived_s = time.monotonic()
         prepared = await self._prepare(request, streamed=True)
         if self._recorder is None:
-            await self._answer(prepared, context, None)
+            await self._answers.answer(prepared, context, None)
             return
         route, card = prepared.route, self._router.card(prepared.route.model)
         seen = RecordedRequest(
             arrived_s, card.block_size, route.prompt_tokens, route.hashes, route.session, route.priority, route.tenant
         )
         try:
-            await self._answer(prepared, context, seen)
+            await self._answers.answer(prepared, context, seen)
         finally:
             self._recorder.record(seen)
-
-    async def _answer(self, prepared: PreparedRequest, context: rpc.Context, seen: RecordedRequest | None) -> None:
-        for workers_left in reversed(range(MAX_WORKERS_TRIED)):
-            decision = await self._dispatcher.place(prepared.route)
-            if seen is not None:
-                seen.predicted_s = time.monotonic() + decision.predicted_ttft_s
-            try:
-                self._sign(prepared.message, decision)
-                await self._pass_through(prepared.message, decision, context, seen)
-                return
-            except WorkerLost as lost:
-                if lost.delivered or not workers_left:
-                    raise
-                logger.warning("%s; trying another", lost)
-            finally:
-                self._router.finish(decision.request_id, time.monotonic())
-                self._dispatcher.changed()
-
-    async def _pass_through(
-        self,
-        message: worker_pb2.WorkerGenerateRequest,
-        decision: Decision,
-        context: rpc.Context,
-        seen: RecordedRequest | None,
-    ) -> None:
-        link = self._links[decision.worker_id]
-        delivered = 0
-        # When the client goes away this coroutine is cancelled, and the call to the worker with it.
-        call = link.generate(message, timeout=context.time_remaining())
-        try:
-            with link.stream():
-                async for chunk in call:
-                    if not delivered:
-                        now = time.monotonic()
-                        self._router.first_token(message.request_id, now)
-                        if seen is not None:
-                            seen.first_token_s = now
-                        self._dispatcher.changed()
-                        await context.send_initial_metadata(_metadata(decision))
-                    await context.write(chunk)
-                    delivered += 1
-                    if seen is not None:
-                        seen.delivered(chunk)
-        except grpc.aio.AioRpcError as error:
-            if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
-                self._router.set_unreachable(link.info.worker_id, link.info.epoch)
-                raise WorkerLost(link, delivered, error.details() or "") from error
-            details = [(key, value) for key, value in error.trailing_metadata() or () if key == STATUS_DETAILS]
-            await context.abort(error.code(), error.details() or "", tuple(details))
-        finally:
-            call.cancel()
 
     async def route(self, request: router_pb2.GenerateRequest, context: rpc.Context) -> router_pb2.RouteResponse:
         """Decide and reserve; the client goes to the worker itself."""
         prepared = await self._prepare(request, streamed=False)
         decision = await self._dispatcher.place(prepared.route)
-        self._sign(prepared.message, decision)
+        self._answers.sign(prepared.message, decision)
         return router_pb2.RouteResponse(
             decision=decision_message(decision), worker_address=decision.address, request=prepared.message
         )
@@ -163,7 +102,7 @@ class RouterService:
         fleet, observed = self._router.fleet, {server.bus.model for server in self._observed}
         if observed and not fleet.serving(request.model) and (request.model in observed - {""} or not len(fleet)):
             return await self._explain_observed(request)
-        prepared = await self._prepare(request, streamed=False)
+        prepared = await self._prepare(request, streamed=True)
         return explanation_message(self._router.explain(prepared.route, time.monotonic()), prepared.route.hashes)
 
     async def _explain_observed(self, request: router_pb2.GenerateRequest) -> router_pb2.Decision:
@@ -255,11 +194,6 @@ class RouterService:
             return prepare(request, card, tokenizer, self._secret, streamed=streamed)
         return await asyncio.to_thread(prepare, request, card, tokenizer, self._secret, streamed=streamed)
 
-    def _sign(self, message: worker_pb2.WorkerGenerateRequest, decision: Decision) -> None:
-        unix_ms = int(time.time() * 1000)
-        ticket.sign_request(self._secret, message, decision.worker_id, decision.epoch, unix_ms)
-        message.pull_ticket = pull_ticket(self._secret, message, decision, self._router.fleet, unix_ms)
-
 
 class FleetService:
     """rhizome.v1.Fleet, and what workers announce in a registry. Each raises RhizomeError."""
@@ -324,15 +258,6 @@ class FleetService:
         logger.info("worker %s of epoch %d left", request.worker_id, request.epoch)
 
 
-def _metadata(decision: Decision) -> tuple[tuple[str, str], ...]:
-    return (
-        ("rhizome-request-id", decision.request_id),
-        ("rhizome-worker", decision.worker_id),
-        ("rhizome-cached-tokens", str(decision.cached_tokens)),
-        ("rhizome-predicted-ttft-ms", f"{decision.predicted_ttft_s * 1000:.1f}"),
-    )
-
-
 def _handlers(service: RouterService, fleet: FleetService) -> tuple[grpc.GenericRpcHandler, ...]:
     routing = {
         "Generate": rpc.streaming(router_pb2.GenerateRequest, service.generate),
@@ -390,6 +315,7 @@ async def running_router(
     observe: Sequence[str] = (),
     record_trace: Path | None = None,
     registry: str = "",
+    local_prefill_s: float = LOCAL_PREFILL_S,
     validate: bool = False,
 ) -> AsyncIterator[str]:
     """A serving router; yields its host:port (port 0: a free one).
@@ -398,7 +324,8 @@ async def running_router(
     index out of range, `observe` that is not NAME=URL. With `secret` only workers that sign their registration join.
     Servers to observe are indexed and get no requests. `validate` checks the core's invariants all the time, for tests.
     What is streamed is recorded to the new file record_trace. `registry` is a URL (kv_events.bus.redis_registry) where
-    workers announce themselves, besides those that call this router.
+    workers announce themselves, besides those that call this router. Decode workers compute prompts themselves that
+    take at most `local_prefill_s`.
     """
     rpc.check_bind_host(host, insecure=insecure)
     for field, cap in (("max_blocks", max_blocks), ("max_blocks_per_worker", max_blocks_per_worker)):
@@ -411,6 +338,7 @@ async def running_router(
         lease_s=lease_s,
         max_blocks=max_blocks,
         max_blocks_per_worker=max_blocks_per_worker,
+        local_prefill_s=local_prefill_s,
         validate=validate,
     )
     links = Links(router)

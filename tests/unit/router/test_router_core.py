@@ -18,6 +18,7 @@ from router.core import Router, RouteRequest
 from router.fleet import ModelCard, Role, WorkerInfo, WorkerReport
 from router.load import SILENCE_LIMIT_S
 from router.policies import POLICIES
+from router.table import Column
 
 BLOCK_SIZE = 16
 CARD = ModelCard("m", max_model_len=4096, vocab_size=100, block_size=BLOCK_SIZE, tokenizer_sha256="abc")
@@ -138,8 +139,8 @@ def test_a_reservation_counts_at_once() -> None:
 
 
 def test_who_may_not_serve_is_left_out() -> None:
-    """Draining, starting, and of role prefill or decode; when that is all, the error counts them."""
-    router = router_with(info("w0"), info("w1", role=Role.DECODE))
+    """Draining, starting, and of role prefill without a way to its blocks; when that is all, the error counts them."""
+    router = router_with(info("w0"), info("w1", role=Role.PREFILL))
     router.register(info("w2"), 0.0)
     assert [c.worker_id for c in router.explain(request(), 1.0).candidates] == ["w0"]
     router.set_draining("w0", True)
@@ -150,6 +151,20 @@ def test_who_may_not_serve_is_left_out() -> None:
         router.explain(replace(request(), model="other"), 1.0)
     with pytest.raises(InvalidRequest, match="policy"):
         router.explain(request(policy="best"), 1.0)
+
+
+def test_the_pace_of_pulls_is_what_a_worker_measured() -> None:
+    """From its first report of it on; one that has nothing to pull with stays without, whatever it reports."""
+    offers = ("tcp://h:1",)
+    pulls, does_not = info("w0", fetch_token_s=1e-3, transfer_offers=offers), info("w1")
+    router = router_with(pulls, does_not)
+
+    def pace(worker_id: str, measured: float) -> float:
+        router.heartbeat(worker_id, 1, WorkerReport(fetch_token_s=measured), 1.0)
+        return float(router._table.values[Column.FETCH_TOKEN_S, router.index.slot(worker_id)])
+
+    assert [pace("w0", measured) for measured in (0.0, 2e-6, 0.0, 1e9)] == [1e-3, 2e-6, 2e-6, 2e-6]
+    assert pace("w1", 2e-6) == 0
 
 
 def test_an_unreachable_worker_gets_nothing_until_it_is_heard_of() -> None:
