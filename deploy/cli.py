@@ -245,6 +245,14 @@ def worker(
     event_token_ids: Annotated[
         bool, typer.Option("--event-token-ids", help="events tell the prompts' tokens, too: Dynamo and llm-d need them")
     ] = False,
+    transports: Annotated[
+        list[str],
+        typer.Option(
+            "--transport",
+            help="a way for KV blocks from and to other workers: local, shm, nixl, tcp or grpc; may be repeated, "
+            "the best first [default: all but nixl, in this order]",
+        ),
+    ] = [],  # noqa: B006
     threads: Annotated[int | None, typer.Option(help="CPU threads [default: all cores]")] = None,
     advertise: Annotated[
         str | None, typer.Option(help="host by which others reach this worker [default: --host]")
@@ -256,6 +264,7 @@ def worker(
     """Start an engine worker that serves one model, or with --simulated one that only takes the time of one."""
     from deploy.processes import WorkerSettings, running_worker, serve_until_stopped
     from deploy.served_model import chosen_hardware
+    from deploy.transfers import DEFAULT_TRANSPORTS
 
     settings = WorkerSettings(
         model_dir=model,
@@ -274,6 +283,7 @@ def worker(
         max_waiting=max_waiting,
         events=tuple(events),
         event_token_ids=event_token_ids,
+        transports=tuple(transports) or DEFAULT_TRANSPORTS,
         threads=threads,
         advertise=advertise,
         validate=validate,

@@ -19,7 +19,7 @@ from urllib.parse import quote
 from deploy.doctor import announce_core
 from deploy.router_list import RouterList
 from deploy.served_model import check_time_scale
-from deploy.transfers import transfers
+from deploy.transfers import DEFAULT_TRANSPORTS, check_transports, transfers
 from kv_events.bus.redis_registry import events_at, parse_registry_url
 from kv_events.bus.url import BusUrl, parse_bus_url, publishing
 from kv_events.log import EventLog
@@ -68,6 +68,7 @@ class WorkerSettings:
     max_running: int | None = None  # default: 64, or the hardware's
     max_waiting: int = 256
     events: tuple[str, ...] = ()  # bus URLs to publish at besides the own server; {worker} stands for the id
+    transports: tuple[str, ...] = DEFAULT_TRANSPORTS  # for KV blocks from and for other workers, the best first
     event_token_ids: bool = False  # events tell the prompts' tokens; whoever reads them reads the prompts
     threads: int | None = None
     insecure: bool = False
@@ -94,6 +95,7 @@ class WorkerSettings:
             self._check_bus(bus)
         if self.role not in ROLES:
             raise InvalidRequest("role", self.role, f"one of {', '.join(ROLES)}")
+        check_transports(self.transports)
         for name in ("kv_cache_mib", "block_size"):
             if getattr(self, name) < 1:
                 raise InvalidRequest(name, getattr(self, name), "at least 1")
@@ -171,7 +173,9 @@ async def running_worker(settings: WorkerSettings, routers: RouterList | None = 
         async with (
             _published(engine.event_log, settings) as urls,  # outside, for the end of the log is published, too
             transfers(settings, identity, thread, memory) as moved,
-            running_server(identity, thread, settings.host, settings.port, moved.peers) as address,
+            running_server(
+                identity, thread, settings.host, settings.port, moved.peers, handlers=moved.handlers
+            ) as address,
         ):
             events_url = settings.read_by_routers(urls)
             request = registration(
@@ -180,7 +184,7 @@ async def running_worker(settings: WorkerSettings, routers: RouterList | None = 
                 settings.reached_at(address),
                 ROLES[settings.role],
                 events_url,
-                offers=moved.offers,
+                offers=moved.offers_at(address),
                 fetch_token_s=moved.fetch_token_s,
             )
             listed = routers or RouterList(settings.routers)

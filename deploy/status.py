@@ -1,4 +1,4 @@
-"""`rhizome status`: a router's workers, how busy they are, and how good its predictions were."""
+"""`rhizome status`: a router's workers, how busy they are, what they pulled, and how good its predictions were."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import grpc
 from google.protobuf.json_format import MessageToDict
 
 from deploy.events.show import Output, table
+from deploy.pulled import show_pulled
 from kv_events.inspect.words import printable
 from rhizome import rpc
 from rhizome.v1 import fleet_pb2, router_pb2, router_pb2_grpc
@@ -30,6 +31,7 @@ def run_status(router: str, *, as_json: bool) -> None:
     else:
         for line in table(HEADS, [_row(entry) for entry in response.workers]):
             output.line(line)
+    show_pulled(output, [(entry.worker_id, entry.status) for entry in response.workers])
     seen = response.predictions
     if seen.requests:
         output.text(

@@ -9,9 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from worker.cached_block import CachedBlock
 from worker.prefix_cache import PrefixCache
+
+if TYPE_CHECKING:
+    from worker.transfer.puller import TransportCounts
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,6 +28,8 @@ class TransferCounts:
     pulled_bytes: int = 0
     pull_transport: str = ""  # of the last one that brought anything
     lent_blocks: int = 0  # pinned for others
+    pulls_by_transport: tuple[tuple[str, TransportCounts], ...] = ()  # of those that were used, the best first
+    fetch_token_s: float = 0.0  # to pull a token's KV, as measured; 0: not measured yet
     skipped_blocks: int = 0  # that a pull was asked for, and that were here already
 
 
@@ -83,6 +89,10 @@ class BlockClaims:
             pulled_bytes=counts.pulled_bytes + size_bytes,
             pull_transport=transport if arrived else counts.pull_transport,
         )
+
+    def note_pulls(self, by_transport: tuple[tuple[str, TransportCounts], ...], fetch_token_s: float) -> None:
+        """What was pulled which way since the start, and at what pace."""
+        self.counts = replace(self.counts, pulls_by_transport=by_transport, fetch_token_s=fetch_token_s)
 
     def pin(self, keys: Sequence[bytes], room: int) -> list[int]:
         """One more user of each block of the longest held beginning of `keys`; at most `room` that nobody used."""

@@ -204,7 +204,7 @@ class Engine:
     def adopt(self, reservation: Reservation, arrived: int, size_bytes: int, transport: str) -> None:
         """A pull into reserved slots ended: its first `arrived` blocks are in the prefix cache from now on."""
         self.scheduler.claims.adopt(reservation, arrived)
-        self.scheduler.claims.count_pull(len(reservation.slots), arrived, size_bytes, transport)
+        self.scheduler.claims.count_pull(len(reservation.contents), arrived, size_bytes, transport)
         self._publish()
         self._check()
 

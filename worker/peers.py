@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
+from dataclasses import replace
 from typing import TypeVar
 
 from rhizome.errors import RhizomeError
@@ -19,6 +20,8 @@ from rhizome.transfer_ticket import KEY_BYTES, TransferTicket, read_signed
 from worker.block_claims import Reservation
 from worker.cached_block import CachedBlock
 from worker.engine_thread import EngineThread
+from worker.late_slots import LateSlots
+from worker.pull_pace import PullPace
 from worker.sequence import EngineRequest
 from worker.sequence import Sequence as TokenSequence
 from worker.transfer.deadline import Deadline
@@ -62,6 +65,9 @@ class PeerBlocks:
         self._secret = secret
         own_pace_s = puller.memory.layout.block_bytes / SLOWEST_BYTES_S
         self._slowest_block_s = own_pace_s if slowest_block_s is None else slowest_block_s
+        # Used on the engine's thread.
+        self._pace = PullPace(thread.engine.config.block_size)
+        self._late = LateSlots(puller.memory.in_flight, self._give_back_late)
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="rhizome-pull")
 
     async def fetch(self, request: EngineRequest, signed: bytes) -> None:
@@ -85,6 +91,7 @@ class PeerBlocks:
     def close(self) -> None:
         """Wait for what is under way, at most as long as its deadlines."""
         self._threads.shutdown()
+        self._late.close()
         self._puller.close()
 
     def _fetch(self, request: EngineRequest, signed: bytes, deadline: Deadline) -> None:
@@ -111,12 +118,25 @@ class PeerBlocks:
             _log.info(told, request.request_id, result.blocks, result.wanted, ticket.holder, result.reason)
 
     def _give_back(self, reservation: Reservation, result: PullResult | None) -> None:
+        """Those that arrived are cached from now on, the others are free; but for what may still be written."""
         engine = self._thread.engine
-        if result is None:
-            _post(self._thread, lambda: engine.adopt(reservation, 0, 0, ""))
-            return
-        assert not result.in_flight, "a transport that writes after its pull is not used here"
-        _post(self._thread, lambda: engine.adopt(reservation, result.blocks, result.size_bytes, result.transport))
+        late = self._puller.memory.in_flight.intersection(reservation.slots)
+        settled = replace(reservation, slots=[slot for slot in reservation.slots if slot not in late])
+
+        def adopt() -> None:
+            if result is None:
+                engine.adopt(settled, 0, 0, "")
+                return
+            engine.adopt(settled, result.blocks, result.size_bytes, result.transport)
+            self._pace.add(result.wanted, result.blocks, result.seconds)
+            ways = tuple((name, replace(counts)) for name, counts in self._puller.counts.items() if counts.pulls)
+            engine.scheduler.claims.note_pulls(ways, self._pace.token_s)
+
+        _post(self._thread, adopt)
+        self._late.keep(late)
+
+    def _give_back_late(self, slots: Sequence[int]) -> None:
+        _post(self._thread, lambda: self._thread.engine.unpin(slots))
 
 
 def _named(contents: list[CachedBlock], ticket: TransferTicket) -> list[CachedBlock]:

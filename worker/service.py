@@ -6,9 +6,9 @@ import asyncio
 import secrets
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import grpc
 import numpy as np
@@ -243,25 +243,37 @@ def status_message(identity: WorkerIdentity, status: EngineStatus) -> worker_pb2
         pulled_bytes=transfers.pulled_bytes,
         pull_transport=transfers.pull_transport,
         lent_blocks=transfers.lent_blocks,
+        pull_skipped_blocks=transfers.skipped_blocks,
+        pull_counts=[
+            worker_pb2.PullCounts(transport=name, **asdict(counts)) for name, counts in transfers.pulls_by_transport
+        ],
+        fetch_token_s=transfers.fetch_token_s,
     )
 
 
 @asynccontextmanager
 async def running_server(
-    identity: WorkerIdentity, thread: EngineThread, host: str, port: int, peers: PeerBlocks | None = None
+    identity: WorkerIdentity,
+    thread: EngineThread,
+    host: str,
+    port: int,
+    peers: PeerBlocks | None = None,
+    *,
+    handlers: Sequence[grpc.GenericRpcHandler] = (),
 ) -> AsyncIterator[str]:
-    """Serve the engine behind `thread`, which pulls through `peers`; yields the bound address."""
+    """Serve the engine behind `thread`, which pulls through `peers`, and what else `handlers` are for; yields the bound
+    address."""
     server = grpc.aio.server(options=rpc.SERVER_OPTIONS)
     service = WorkerService(identity, thread, wall_ms=lambda: int(time.time() * 1000), peers=peers)
-    handlers = {
+    methods = {
         "Generate": rpc.streaming(worker_pb2.WorkerGenerateRequest, service.generate),
         "GetStatus": rpc.unary(worker_pb2.GetStatusRequest, service.get_status),
         "GetTokenizer": rpc.streaming(worker_pb2.GetTokenizerRequest, service.get_tokenizer),
         "ClearCache": rpc.unary(worker_pb2.ClearCacheRequest, service.clear_cache),
     }
     events = KvEventsService(thread.engine.event_log)
-    worker = grpc.method_handlers_generic_handler("rhizome.v1.Worker", handlers)
-    server.add_generic_rpc_handlers((worker, events.handler()))
+    worker = grpc.method_handlers_generic_handler("rhizome.v1.Worker", methods)
+    server.add_generic_rpc_handlers((worker, events.handler(), *handlers))
     async with rpc.serving(server, host, port, ("rhizome.v1.Worker", "rhizome.v1.KvEvents")) as address:
         try:
             yield address

@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 
 from deploy.events.show import Output, table
+from deploy.pulled import pulled, show_pulled
 from kv_events.inspect.words import printable
 from rhizome.v1 import launcher_pb2
 from rhizome.v1.router_pb2 import WorkerEntry
@@ -64,6 +65,7 @@ def _row(server: launcher_pb2.ServerStatus, entries: Entries) -> dict[str, Any]:
         "cached_share": None,
         "running": None,
         "in_flight": None,
+        "pulled": None,
         "problem": server.problem or None,
     }
     if server.role == "router":
@@ -71,10 +73,10 @@ def _row(server: launcher_pb2.ServerStatus, entries: Entries) -> dict[str, Any]:
         if known is None and row["state"] == "serving":
             row["state"] = "no answer"
         return row | {"in_flight": None if known is None else sum(entry.in_flight for entry in known)}
-    known = [entry for each in entries.values() for entry in each or () if entry.worker_id == server.name]
+    known = _known(server, entries)
     if not known:
         return row | ({"state": "not joined"} if row["state"] == "serving" and entries else {})
-    newest = max(known, key=lambda entry: entry.epoch)
+    newest = _newest(known)
     held = newest.status.blocks_in_use + newest.status.blocks_cached
     if row["state"] == "serving" and any(entry.draining for entry in known):
         row["state"] = "draining"
@@ -84,7 +86,17 @@ def _row(server: launcher_pb2.ServerStatus, entries: Entries) -> dict[str, Any]:
         "cached_share": held / max(1, newest.status.blocks_total),
         "running": newest.status.running + newest.status.waiting,
         "in_flight": sum(entry.in_flight for entry in known),  # each router counts its own
+        "pulled": pulled(newest.status),
     }
+
+
+def _known(server: launcher_pb2.ServerStatus, entries: Entries) -> list[WorkerEntry]:
+    """What the routers know of a worker."""
+    return [entry for each in entries.values() for entry in each or () if entry.worker_id == server.name]
+
+
+def _newest(known: Sequence[WorkerEntry]) -> WorkerEntry:
+    return max(known, key=lambda entry: (entry.epoch, entry.status.pulls))
 
 
 def show_fleet(status: launcher_pb2.FleetStatus, entries: Entries, *, as_json: bool) -> None:
@@ -95,6 +107,8 @@ def show_fleet(status: launcher_pb2.FleetStatus, entries: Entries, *, as_json: b
         return
     for line in table(HEADS, [_cells(row) for row in rows]):
         output.line(line)
+    workers = [(server.name, _known(server, entries)) for server in status.servers if server.role != "router"]
+    show_pulled(output, [(name, _newest(known).status) for name, known in workers if known])
     for row in rows:
         if row["problem"] and row["state"] != "serving":
             output.text(printable(f"{row['server']}: {row['problem']}"), "bad")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import random
 import threading
 import time
@@ -22,7 +23,7 @@ from worker.transfer.memory import BlockLayout, BlockMemory
 from worker.transfer.puller import Puller, PullResult
 from worker.transfer.server import TransferServer
 from worker.transfer.transports import Transport
-from worker.transfer.transports.grpc import GrpcTransport, handlers
+from worker.transfer.transports.grpc import GrpcTransport, aio_handlers, handlers
 from worker.transfer.transports.local import LocalTransport
 from worker.transfer.transports.nixl import INSTALL, NixlEndpoint, NixlTransport, has_nixl
 from worker.transfer.transports.shm import ShmTransport
@@ -34,13 +35,51 @@ BLOCKS = 48
 LARGE = BlockLayout(2 << 20, tag=LAYOUT.tag)  # two in a batch of a stream
 PLANES = BlockLayout(24_000, planes=6, tag=LAYOUT.tag)
 
-TRANSPORTS = ("local", "shm", "tcp", "grpc", "nixl")
+TRANSPORTS = ("local", "shm", "tcp", "grpc", "grpc of asyncio", "nixl")
 
 
 @cache
 def _endpoints(layout: BlockLayout) -> tuple[NixlEndpoint, NixlEndpoint]:
     """Agents take a while to start, so all tests share them, and their memory."""
     return NixlEndpoint(BlockMemory.shared(layout, BLOCKS)), NixlEndpoint(BlockMemory.shared(layout, BLOCKS))
+
+
+@contextmanager
+def threads_serve(holder: Holder) -> Iterator[str]:
+    """A gRPC server's address."""
+    server = grpc.server(ThreadPoolExecutor(8))
+    server.add_generic_rpc_handlers((handlers(holder),))
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    server.start()
+    try:
+        yield address
+    finally:
+        server.stop(None).wait()
+
+
+@contextmanager
+def asyncio_serves(holder: Holder) -> Iterator[str]:
+    """The same, in a loop on a thread of its own. When it ends, no thread is kept by a call that was cancelled."""
+
+    async def started(threads: ThreadPoolExecutor) -> tuple[grpc.aio.Server, str]:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((aio_handlers(holder, threads),))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        return server, address
+
+    loop = asyncio.new_event_loop()
+    runner = threading.Thread(target=loop.run_forever)
+    runner.start()
+    try:
+        with ThreadPoolExecutor(2) as threads:
+            server, address = asyncio.run_coroutine_threadsafe(started(threads), loop).result(PATIENCE_S)
+            yield address
+            asyncio.run_coroutine_threadsafe(server.stop(None), loop).result(PATIENCE_S)
+    finally:
+        loop.call_soon_threadsafe(loop.stop)
+        runner.join()
+        loop.close()
 
 
 class Pair:
@@ -75,12 +114,9 @@ class Pair:
         if self.name == "nixl":
             here, there = _endpoints(layout)
             nixl, transport = here, NixlTransport(there)
-        elif self.name == "grpc":
-            server = grpc.server(ThreadPoolExecutor(8))
-            server.add_generic_rpc_handlers((handlers(self.holder),))
-            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-            server.start()
-            self.down.callback(lambda: server.stop(None).wait())
+        elif self.name.startswith("grpc"):
+            serve = threads_serve if self.name == "grpc" else asyncio_serves
+            address = self.down.enter_context(serve(self.holder))
             transport = GrpcTransport()
             stack.callback(transport.close)
         else:
@@ -171,7 +207,7 @@ def test_every_block_arrives_in_its_slot(name: str, layout: BlockLayout) -> None
         pair.cache.store(keys_of(5, "other"))
         pair.cache.store(keys)
         result = pair.pull(pair.holder.lease(keys), keys, slots)
-        assert (result.blocks, result.reason, result.transport) == (13, "", name)
+        assert (result.blocks, result.reason, result.transport) == (13, "", pair.transport.name)
         assert result.size_bytes == 13 * layout.block_bytes
         pair.check(result, keys, slots)
 

@@ -5,17 +5,21 @@ Methods take and give bytes as `worker.transfer.messages` says; the proto files 
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
 from contextlib import suppress
 from typing import Any
 
 import grpc
 
+from rhizome import rpc
 from rhizome.errors import InvalidRequest
 from worker.transfer.deadline import Deadline
 from worker.transfer.errors import OutOfTime, Refused, TransferFailed
 from worker.transfer.holder import Holder, Pieces
+from worker.transfer.leases import MAX_LEASE_S
 from worker.transfer.messages import ASKED, HEADER, Kind, decode_release, read_header
 from worker.transfer.transports import Offer
 from worker.transfer.transports.stream import Refill, StreamChannel
@@ -27,7 +31,7 @@ MAX_CHANNELS = 64  # to as many holders; the longest unused goes
 
 
 def handlers(holder: Holder) -> grpc.GenericRpcHandler:
-    """What to add to a gRPC server, of threads or asyncio, with `add_generic_rpc_handlers`.
+    """What to add to a gRPC server of threads with `add_generic_rpc_handlers`.
 
     A pull keeps one thread of the server's as long as it lasts: at most as long as its lease.
     """
@@ -49,6 +53,40 @@ def handlers(holder: Holder) -> grpc.GenericRpcHandler:
         "Release": grpc.unary_unary_rpc_method_handler(release),
     }
     return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def aio_handlers(holder: Holder, threads: Executor) -> grpc.GenericRpcHandler:
+    """The same for a server of asyncio, whose loop only sends: batches are made ready in `threads`, one at a time.
+
+    Given generators, such a server keeps a thread for ever for each call that is cancelled; hence coroutines.
+    """
+
+    async def pull(payload: bytes, context: rpc.Context) -> None:
+        loop, answer = asyncio.get_running_loop(), holder.serve(payload)
+        with suppress(Refused, TimeoutError):  # whoever asked sees the stream end
+            async with asyncio.timeout(MAX_LEASE_S):
+                while messages := await loop.run_in_executor(threads, _next_messages, answer):
+                    for message in messages:
+                        await context.write(message)
+
+    async def release(payload: bytes, context: rpc.Context) -> bytes:
+        try:
+            holder.release(decode_release(payload))
+        except InvalidRequest as error:
+            await rpc.abort(context, error)
+        return b""
+
+    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
+        "Pull": grpc.unary_stream_rpc_method_handler(pull),
+        "Release": grpc.unary_unary_rpc_method_handler(release),
+    }
+    return grpc.method_handlers_generic_handler(SERVICE, methods)
+
+
+def _next_messages(answer: Iterator[Pieces]) -> list[bytes]:
+    """Of the next batch; empty: that was all."""
+    pieces = next(answer, None)
+    return [] if pieces is None else list(chunks(pieces))
 
 
 def chunks(pieces: Pieces) -> Iterator[bytes]:

@@ -54,3 +54,29 @@ def test_a_router_that_does_not_answer_is_said_to(capsys: pytest.CaptureFixture[
     show_fleet(STATUS, {"h:1": [], "h:2": None}, as_json=True)
     told = json.loads(capsys.readouterr().out)
     assert [row["server"] for row in told["servers"]][:2] == ["router-0", "router-1"]
+
+
+def test_what_workers_pulled_from_each_other_is_shown_where_there_is_any(capsys: pytest.CaptureFixture[str]) -> None:
+    """By transport; a worker that only lends is there, too; programs get every figure of the router that knows most."""
+    show_fleet(STATUS, {"h:1": [entry("chat-0", 0, 2.5)]}, as_json=False)
+    assert "pulled over" not in capsys.readouterr().out
+    puller, lender, late = entry("chat-0", 0, 2.5), entry("chat-1", 0, 2.5), entry("chat-0", 0, 2.5)
+    puller.status.pulls, puller.status.pulls_short, puller.status.pull_skipped_blocks = 3, 1, 1234
+    puller.status.pulled_blocks, puller.status.fetch_token_s = 93, 1e-6
+    puller.status.pull_counts.add(transport="shm", pulls=3, failed=1, blocks=90, size_bytes=3 << 20, seconds=0.5)
+    puller.status.pull_counts.add(transport="tcp\x1b", pulls=1, blocks=3, size_bytes=1 << 20)
+    lender.status.lent_blocks = 93
+    known = {"h:1": [late, lender], "h:2": [puller]}
+    show_fleet(STATUS, known, as_json=False)
+    text = capsys.readouterr().out
+    assert "\x1b" not in text
+    shm, tcp, other = (line.split() for line in text.splitlines()[-4:-1])
+    assert shm[:3] == ["chat-0", "shm", "90"]
+    assert shm[-5:] == ["3", "1", "1", "1,234", "0"]
+    assert tcp[:2] == ["tcp?", "3"]
+    assert (other[0], other[-1]) == ("chat-1", "93")
+    show_fleet(STATUS, known, as_json=True)
+    rows = {row["server"]: row["pulled"] for row in json.loads(capsys.readouterr().out)["servers"]}
+    assert (rows["chat-0"]["blocks"], rows["chat-0"]["token_s"], rows["chat-1"]["lent_blocks"]) == (93, 1e-6, 93)
+    assert [way["size_bytes"] for way in rows["chat-0"]["by_transport"]] == [3 << 20, 1 << 20]
+    assert rows["chat-1"]["token_s"] is rows["router-0"] is None
