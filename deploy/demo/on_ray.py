@@ -88,7 +88,7 @@ def _start(folder: str, say: Say) -> None:
     # Of Ray's processes: what they leave behind when they are killed is in the folder, too.
     variables = {"TMPDIR": folder, "RAY_USAGE_STATS_ENABLED": "0"}
     for tries_left in reversed(range(STARTS)):
-        say("starting Ray on this machine, for the demo alone: 10 s or so, longer where the machine is busy")
+        say(f"starting Ray for the demo alone, in {folder}: 10 s or so, longer where the machine is busy")
         try:
             with _environment(variables):
                 ray.init(

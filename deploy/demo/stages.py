@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from deploy.fleet.config import FleetConfig, Model, Resources, Routers, WorkerGroup
 
@@ -37,7 +36,7 @@ ROUTING = (
 
 def routing_stages(name: str, workers: int, *, insecure: bool = False) -> list[Stage]:
     """One fleet: KV-aware, round-robin and without a cache. `name` is the fleet's."""
-    return [Stage(_fleet(name, insecure, {}, WorkerGroup(name="worker", count=workers, resources=LITTLE)), ROUTING)]
+    return [Stage(_fleet(name, insecure, WorkerGroup(name="worker", count=workers, resources=LITTLE)), ROUTING)]
 
 
 def disagg_stages(name: str, workers: int, *, insecure: bool = False) -> list[Stage]:
@@ -46,19 +45,20 @@ def disagg_stages(name: str, workers: int, *, insecure: bool = False) -> list[St
     decode = WorkerGroup(role="decode", count=workers - 1, resources=LITTLE)
     return [
         Stage(
-            _fleet(name, insecure, {}, WorkerGroup(name="worker", count=workers, resources=LITTLE)),
+            _fleet(name, insecure, WorkerGroup(name="worker", count=workers, resources=LITTLE)),
             (Mode("aggregated"),),
         ),
-        # However short a prompt is, its part of the work is to be seen.
-        Stage(_fleet(name, insecure, {}, prefill, decode), (Mode("disaggregated"),)),
+        Stage(_fleet(name, insecure, prefill, decode), (Mode("disaggregated"),)),
     ]
 
 
-def _fleet(name: str, insecure: bool, routers: dict[str, Any], *workers: WorkerGroup) -> FleetConfig:
+def _fleet(name: str, insecure: bool, *workers: WorkerGroup) -> FleetConfig:
+    apart = any(group.role == "prefill" for group in workers)
     return FleetConfig(
         name=name,
         model=Model(tiny=True),
         insecure=insecure,
-        routers=Routers(port=0, resources=LITTLE, **routers),
+        # However short a prompt is, the prefill worker's part is to be seen.
+        routers=Routers(port=0, local_prefill_ms=0 if apart else None, resources=LITTLE),
         workers=list(workers),
     )

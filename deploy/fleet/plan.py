@@ -39,11 +39,13 @@ class RouterServer:
     def arguments(self) -> list[str]:
         """Of a `rhizome` process that is this router."""
         fleet = self.fleet
+        local_ms = fleet.routers.local_prefill_ms
         return [
             "router",
             f"--host={fleet.host}",
             f"--port={self.port}",
             f"--policy={fleet.routers.policy}",
+            *([] if local_ms is None else [f"--local-prefill-ms={local_ms:g}"]),
             *(["--insecure"] if fleet.insecure else []),
             *([f"--registry={fleet.registry}"] if fleet.registry else []),
         ]

@@ -122,6 +122,8 @@ class FleetServer:
         host, server = _node_address(), self._server
         if isinstance(server, RouterServer):
             fleet = server.fleet
+            local_ms = fleet.routers.local_prefill_ms
+            optional: dict[str, Any] = {} if local_ms is None else {"local_prefill_s": local_ms / 1000}
             serving = running_router(
                 host,
                 self._start.port,
@@ -129,6 +131,7 @@ class FleetServer:
                 secret=fleet_secret(),
                 insecure=fleet.insecure,
                 registry=fleet.registry or "",
+                **optional,
             )
             async with serving as address:
                 yield address

@@ -10,7 +10,7 @@ import typer
 from deploy import cli
 from deploy.fleet.commands import fleet_of_options
 from deploy.fleet.plan import plan_fleet
-from deploy.fleet.reading import parse_fleet, read_fleet
+from deploy.fleet.reading import BadConfig, parse_fleet, read_fleet
 from deploy.processes import WorkerSettings
 from kv_events.bus.redis_stream import AUTH_VARIABLE, credentials
 from kv_events.bus.url import parse_bus_url
@@ -51,6 +51,14 @@ def test_servers_are_named_by_their_group_and_place() -> None:
     ]
     assert plan.workers[0].resources.custom == {"big": 1}
     assert plan.routers[1].arguments() == ["router", "--host=127.0.0.1", "--port=7801", "--policy=round-robin"]
+
+
+def test_a_fleet_says_how_long_decode_workers_may_take_for_prompts() -> None:
+    """Zero is not the default, and said."""
+    text = TEXT.replace("policy: round-robin", "local_prefill_ms: 0")
+    assert "--local-prefill-ms=0" in plan_fleet(parse_fleet(text, "fleet.yaml")).routers[0].arguments()
+    with pytest.raises(BadConfig, match="routers.local_prefill_ms is -1"):
+        parse_fleet(TEXT.replace("policy: round-robin", "local_prefill_ms: -1"), "fleet.yaml")
 
 
 @pytest.mark.parametrize(
