@@ -335,3 +335,20 @@ def test_a_fleet_that_cannot_start_says_why_and_leaves_nothing(
 
     names = [actor["namespace"] for actor in ray.util.list_named_actors(all_namespaces=True)]
     assert "rhizome-failing" not in names
+
+
+def test_the_demo_plays_on_a_cluster_that_runs_and_takes_its_fleet_away(ray_nodes: RayNodes) -> None:
+    """It serves off-host only where it may; the cluster remains, and the JSON is all that is on standard output."""
+    arguments = ("demo", "--json", f"--ray={ray_nodes.address}", "--sessions=1", "--turns=2")
+    command = (sys.executable, "-m", "deploy.cli", *arguments)
+    refused = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert refused.returncode == 2, refused.stderr
+    assert "insecure is False: true" in refused.stderr
+    report = json.loads(rhizome(*arguments, "--insecure"))
+    assert report["answers_identical"] is True
+    assert report["trees_equal"] is True
+    assert {row["worker"] for row in report["rows"]} <= {"worker-0", "worker-1"}
+    import ray
+
+    names = [actor["namespace"] for actor in ray.util.list_named_actors(all_namespaces=True)]
+    assert not any(name.startswith("rhizome-demo-") for name in names)
