@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import AsyncExitStack, asynccontextmanager
@@ -10,6 +11,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 import pytest
 
 from deploy.processes import WorkerSettings, running_worker
+from kv_events.bus.url import open_source
 from rhizome.errors import InvalidRequest
 from rhizome.v1.router_pb2 import WorkerEntry
 from router.client import Client
@@ -35,13 +37,13 @@ class Fleet:
         address = await self._stack.enter_async_context(running_router(registry=self.registry, validate=True))
         self.clients.append(await self._stack.enter_async_context(Client(address)))
 
-    async def add_worker(self, name: str) -> None:
+    async def add_worker(self, name: str, time_scale: float) -> None:
         settings = WorkerSettings(
             model_dir=None,
             worker_id=name,
             registry=self.registry,
             hardware=HARDWARE["8b-1xh100"],
-            time_scale=50.0,
+            time_scale=time_scale,
             max_model_len=8192,
         )
         self._workers[name] = await self._stack.enter_async_context(AsyncExitStack())
@@ -89,15 +91,40 @@ class Fleet:
 
         await self.until(equal)
 
+    async def equal_the_workers(self) -> None:
+        """Every router's tree has the very digest that each worker, asked by itself, has."""
+        for client in self.clients:
+            for entry in await client.workers():
+                async with open_source(f"grpc://{entry.address}") as source:
+                    snapshot = await source.snapshot()
+                assert snapshot.digest == entry.index_digest
+                assert len(snapshot.block_hashes) == entry.indexed_blocks > 0
+
+    async def grow(self, session: int, turns: int) -> None:
+        """A conversation of prompts that are slow to compute, after one of six beginnings."""
+        prompt = tokens(f"beginning {session % 6}", 512)
+        lengths = random.Random(session)
+        for turn in range(turns):
+            prompt += tokens(f"{session}, {turn}", lengths.randrange(600, 1800))
+            client = self.clients[(session + turn) % len(self.clients)]
+            answer = await client.complete(token_ids=prompt, max_tokens=4, ignore_eos=True, session_id=f"s{session}")
+            prompt += answer.token_ids
+
+
+def tokens(of: str, count: int) -> list[int]:
+    """Always the same ones."""
+    random_tokens = random.Random(of)
+    return [random_tokens.randrange(1, 250) for _ in range(count)]
+
 
 @asynccontextmanager
-async def fleet_of(redis: RedisServer, workers: int, routers: int) -> AsyncIterator[Fleet]:
+async def fleet_of(redis: RedisServer, workers: int, routers: int, *, time_scale: float = 50.0) -> AsyncIterator[Fleet]:
     async with AsyncExitStack() as stack:
         fleet = Fleet(redis.url("fleet"), stack)
         for _ in range(routers):
             await fleet.add_router()
         for number in range(workers):
-            await fleet.add_worker(f"w{number}")
+            await fleet.add_worker(f"w{number}", time_scale)
         await fleet.all_know(*(f"w{number}" for number in range(workers)))
         yield fleet
 
@@ -112,7 +139,7 @@ def test_two_routers_see_one_fleet() -> None:
             assert {worker for each in served for worker in each} == {"w0", "w1"}
             assert sum(len(set(each)) == 1 for each in served) >= 4  # turns at either router find the prefix
             await fleet.agree()
-            await fleet.add_worker("w2")
+            await fleet.add_worker("w2", 50.0)
             await fleet.all_know("w0", "w1", "w2")
             await fleet.remove_worker("w0")
             await fleet.all_know("w1", "w2")
@@ -123,6 +150,29 @@ def test_two_routers_see_one_fleet() -> None:
 
     with RedisServer() as redis:
         asyncio.run(main())
+
+
+def test_two_routers_balance_a_load_as_one_does(capsys: pytest.CaptureFixture[str]) -> None:
+    """Each knows what it has sent itself at once, and what the other has sent by the workers' reports: by what they say
+    they were given (largest over mean, prompt tokens), no worker is spared, and none much busier than with one router.
+    Both trees are the workers' own, digest by digest."""
+    sessions, turns, workers = 32, 4, 4
+
+    async def given(routers: int) -> list[float]:
+        """Each worker's share of the prompt tokens; 1 is the mean."""
+        async with fleet_of(redis, workers, routers, time_scale=0.25) as fleet:
+            await asyncio.gather(*(fleet.grow(session, turns) for session in range(sessions)))
+            await fleet.agree()
+            await fleet.equal_the_workers()
+            told = [entry.status.prompt_tokens for entry in await fleet.clients[0].workers()]
+            return sorted(workers * each / sum(told) for each in told)
+
+    with RedisServer() as redis:
+        one, two = asyncio.run(given(1)), asyncio.run(given(2))
+    with capsys.disabled():
+        print(f"\nload imbalance, largest over mean: one router {one[-1]:.2f}, two routers {two[-1]:.2f}")
+    assert two[0] > 1 / 3
+    assert two[-1] < 1.5 * one[-1]
 
 
 def test_redis_may_die_and_come_back_empty() -> None:
