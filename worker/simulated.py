@@ -129,15 +129,19 @@ class SimulatedWorker:
         output_tokens: int,
         block_hashes: AnySequence[int],
         priority: int = 0,
+        *,
+        counted: bool = True,
     ) -> None:
-        """Queue a request. `block_hashes` of its prompt's full blocks name each block with all before it.
+        """Queue a request. `block_hashes` of its prompt's full blocks name each block with all before it. `counted`:
+        its prompt's tokens, among those of prompts; not where another worker has counted them.
 
         Raises like Scheduler.add.
         """
         contents = _contents(block_hashes)
         request = EngineRequest(request_id, range(prompt_tokens), _PARAMS, self._hasher, _NO_KEYS, priority)
-        last = prompt_tokens + output_tokens
-        self.scheduler.add(SimulatedSequence(request, self._arrivals, _contents=contents, last=last))
+        sequence = SimulatedSequence(request, self._arrivals, _contents=contents, last=prompt_tokens + output_tokens)
+        sequence.cached_tokens = None if counted else 0
+        self.scheduler.add(sequence)
         self._arrivals += 1
 
     def held(self, block_hashes: AnySequence[int]) -> int:
@@ -148,6 +152,14 @@ class SimulatedWorker:
         """Leading blocks of a prompt have come from another worker."""
         self.scheduler.adopt(_contents(block_hashes))
         self._publish(now)
+
+    def pin(self, block_hashes: AnySequence[int]) -> list[int]:
+        """Keep the longest held beginning of a prompt's blocks, until `unpin`. Returns where they lie."""
+        return self.scheduler.pin([content.key for content in _contents(block_hashes)])
+
+    def unpin(self, blocks: AnySequence[int]) -> None:
+        """Another worker has them, or needs them no more."""
+        self.scheduler.claims.unpin(blocks)
 
     def begin(self, now: float) -> float | None:
         """Start the next step; returns when it is over, None where there is nothing to do."""

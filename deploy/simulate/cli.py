@@ -14,6 +14,7 @@ EPILOG = "\n\n".join(
         "  rhizome simulate conversation_trace.jsonl --workers 8,16 --load 0.5,0.8,1 --policy all --out results/",
         "  rhizome simulate chat.jsonl.gz --workers 8 --speed 1,2,4 --policy predicted-ttft,bound --out results/",
         "  rhizome simulate chat.jsonl.gz --workers 8 --find-saturation round-robin,predicted-ttft",
+        "  rhizome simulate chat.jsonl.gz --workers 8 --roles prefill=2,decode=6 --policy predicted-ttft --speed 1,2,4",
         "Times are virtual: equal arguments give equal numbers, on however many jobs. Ends with 2 for bad input.",
     )
 )
@@ -60,6 +61,13 @@ def simulate(
     peer_fetch: Annotated[
         bool, typer.Option("--peer-fetch/--no-peer-fetch", help="workers fetch KV blocks from each other")
     ] = False,
+    roles: Annotated[
+        str | None,
+        typer.Option(
+            metavar="prefill=N,decode=M",
+            help="besides, the same workers with prefill apart from decode, blocks pulled; both=N: some that do all",
+        ),
+    ] = None,
     event_delay: Annotated[float, typer.Option(help="seconds until a KV event reaches a router")] = 0.002,
     event_loss: Annotated[float, typer.Option(help="share of event batches that are lost at first, 0 to 1")] = 0.0,
     report_interval: Annotated[float, typer.Option(help="seconds between a worker's load reports")] = 0.5,
@@ -84,7 +92,7 @@ def simulate(
     from deploy.traces.trace import read_trace
     from worker.hardware_file import load_hardware
 
-    plan = plan_of(Asked(workers, policy, speed, load, find_saturation))
+    plan = plan_of(Asked(workers, policy, speed, load, find_saturation, roles))
     jobs = checked_jobs(jobs)
     chosen = load_hardware(hardware)
     network = Network(event_delay_s=event_delay, event_loss=event_loss, report_interval_s=report_interval)
@@ -95,7 +103,7 @@ def simulate(
         network,
         routers=routers,
         host_tier=host_tier,
-        peer_fetch=peer_fetch,
+        peer_fetch=peer_fetch or plan.split is not None,  # whose workers can, so that those beside them can, too
         seed=seed,
         slo=Slo(slo_ttft, slo_itl),
         objective=objective,

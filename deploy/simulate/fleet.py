@@ -56,6 +56,7 @@ class Outcome:
     finished_at: float = np.nan
     cached_tokens: int = 0  # by the router's tree, those to be fetched included
     fetched_tokens: int = 0  # that came from another worker
+    begun_by: int = -1  # the worker that answered the first token, where another went on
     predicted_ttft_s: float = np.nan
     refused: bool = False
 
@@ -120,6 +121,7 @@ class Fleet:
         self._fetch_block_s = hardware.fetch_token_s * trace.block_size
         self._ends: list[int] = []  # by worker: serial of the event that ends the step under way
         self._left = len(trace.requests)
+        self._begun: set[int] = set()  # requests of which a worker is to answer the first token alone
         self._replicas: list[_Replica] = []
         block_size = trace.block_size
         longest = max((r.input_tokens + r.output_tokens for r in trace.requests), default=1)
@@ -172,6 +174,7 @@ class Fleet:
                 config.max_batched_tokens,
                 fetch_token_s=hardware.fetch_token_s if peer_fetch else 0.0,
             )
+            info = self._registered(info)
             for replica in self._replicas:
                 replica.router.register(info, 0.0)
                 replica.router.set_ready(name, 1)
@@ -192,6 +195,10 @@ class Fleet:
                 told = ended
                 until(ended)
 
+    def _registered(self, info: WorkerInfo) -> WorkerInfo:
+        """What the worker tells routers of itself."""
+        return info
+
     def _at(self, time: float, act: Callable[[], None]) -> int:
         self._serial += 1
         heappush(self._events, (time, self._serial, act))
@@ -206,23 +213,13 @@ class Fleet:
 
     def _route(self, number: int) -> None:
         self._arrive(number + 1)
-        outcome, hashes = self.outcomes[number], self._hashes[number]
-        traced = self.trace.requests[number]
+        outcome = self.outcomes[number]
         if outcome.prompt_tokens + outcome.output_tokens > self._config.max_model_len:
             self._refuse(number)
             return
         replica = self._replica_of(number)
-        request = RouteRequest(
-            str(number),
-            "simulated",
-            outcome.prompt_tokens,
-            hashes,
-            session=traced.session,
-            tenant=traced.tenant,
-            priority=traced.priority,
-        )
         try:
-            decision = replica.router.submit(request, self.now)
+            decision = replica.router.submit(self._request(number), self.now)
         except RhizomeError:
             self._refuse(number)
             return
@@ -230,6 +227,18 @@ class Fleet:
             self._send(number, decision)
         else:
             self._dispatch(replica)
+
+    def _request(self, number: int) -> RouteRequest:
+        traced = self.trace.requests[number]
+        return RouteRequest(
+            str(number),
+            "simulated",
+            traced.input_tokens,
+            self._hashes[number],
+            session=traced.session,
+            tenant=traced.tenant,
+            priority=traced.priority,
+        )
 
     def _dispatch(self, replica: _Replica) -> None:
         if not replica.router.held:
@@ -252,24 +261,31 @@ class Fleet:
         outcome.routed_at = self.now
         outcome.cached_tokens = decision.cached_tokens
         outcome.predicted_ttft_s = decision.predicted_ttft_s + decision.held_s
-        outcome.worker = _number_of(decision.worker_id)
+        outcome.worker = number_of(decision.worker_id)
         act = partial(self._fetch, number, decision) if decision.fetched_tokens else partial(self._accept, number)
         self._at(self.now + self._network.delay_s, act)
 
     def _fetch(self, number: int, decision: Decision) -> None:
         """The worker pulls what another has of the prompt and it has not; then it begins with the request."""
-        outcome, source = self.outcomes[number], self.workers[_number_of(decision.fetch_from)]
-        worker = self.workers[outcome.worker]
+        source = self.workers[number_of(decision.fetch_from)]
         hashes = self._hashes[number][: decision.cached_tokens // self._config.block_size].tolist()
         hashes = hashes[: source.held(hashes)]
-        missing = len(hashes) - worker.held(hashes)
-        if missing <= 0:
+        ends_at = self._pull(number, hashes)
+        if ends_at is None:
             self._accept(number)
-            return
+        else:
+            self._at(ends_at, partial(self._fetched, number, hashes))
+
+    def _pull(self, number: int, hashes: list[int]) -> float | None:
+        """Put what a request's worker lacks of these blocks on its link. Returns when it is there; None: it has all."""
+        outcome = self.outcomes[number]
+        missing = len(hashes) - self.workers[outcome.worker].held(hashes)
+        if missing <= 0:
+            return None
         begins_at = max(self.now + 2 * self._network.delay_s, self._link_free_at[outcome.worker])
-        ends_at = self._link_free_at[outcome.worker] = begins_at + missing * self._fetch_block_s
-        outcome.fetched_tokens = missing * self._config.block_size
-        self._at(ends_at, partial(self._fetched, number, hashes))
+        self._link_free_at[outcome.worker] = begins_at + missing * self._fetch_block_s
+        outcome.fetched_tokens += missing * self._config.block_size
+        return self._link_free_at[outcome.worker]
 
     def _fetched(self, number: int, hashes: list[int]) -> None:
         self.workers[self.outcomes[number].worker].adopt(hashes, self.now)
@@ -283,9 +299,7 @@ class Fleet:
         outcome = self.outcomes[number]
         worker = self.workers[outcome.worker]
         try:
-            hashes = self._hashes[number].tolist()
-            priority = self.trace.requests[number].priority
-            worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, hashes, priority)
+            self._add(worker, number)
         except Overloaded:
             self._replica_of(number).router.finish(str(number), self.now)
             self._refuse(number)
@@ -294,6 +308,12 @@ class Fleet:
             self._begin(outcome.worker)
         elif (ends_at := worker.interrupt(self.now)) is not None:
             self._end_at(outcome.worker, ends_at)
+
+    def _add(self, worker: SimulatedWorker, number: int) -> None:
+        """Raises Overloaded."""
+        outcome, priority = self.outcomes[number], self.trace.requests[number].priority
+        hashes = self._hashes[number].tolist()
+        worker.add(str(number), outcome.prompt_tokens, outcome.output_tokens, hashes, priority)
 
     def _replica_of(self, number: int) -> _Replica:
         return self._replicas[number % len(self._replicas)]
@@ -315,15 +335,26 @@ class Fleet:
         worker = self.workers[number]
         progress = worker.end(self.now)
         for name in progress.prefilled:
-            self.outcomes[int(name)].first_token_at = self.now + self._network.delay_s
-            if self._computed is not None:
-                self._computed.update(self._hashes[int(name)].tolist())
-        for name in progress.finished:
+            self._first_token(int(name))
+        begun = [name for name in progress.finished if int(name) in self._begun]
+        finished = [name for name in progress.finished if name not in begun]
+        for name in finished:
             self.outcomes[int(name)].finished_at = self.now + self._network.delay_s
             self._left -= 1
-        if progress.prefilled or progress.finished:
-            self._at(self.now + self._network.delay_s, lambda: self._hear(progress.prefilled, progress.finished))
+        if progress.prefilled or finished:
+            self._at(self.now + self._network.delay_s, lambda: self._hear(progress.prefilled, finished))
+        for name in begun:
+            self._lend(int(name))
         self._begin(number)
+
+    def _first_token(self, number: int) -> None:
+        self.outcomes[number].first_token_at = self.now + self._network.delay_s
+        if self._computed is not None:
+            self._computed.update(self._hashes[number].tolist())
+
+    def _lend(self, number: int) -> None:
+        """Hand a request that was begun over, and its blocks."""
+        raise NotImplementedError
 
     def _hear(self, prefilled: Sequence[str], finished: Sequence[str]) -> None:
         """Tokens pass through the router that routed the request."""
@@ -379,7 +410,8 @@ class Fleet:
             self._at(self.now + 2 * self._network.event_delay_s, partial(_restore, view, snapshot))
 
 
-def _number_of(worker_id: str) -> int:
+def number_of(worker_id: str) -> int:
+    """Of a fleet's worker."""
     return int(worker_id.removeprefix("worker-"))
 
 

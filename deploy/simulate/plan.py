@@ -5,11 +5,12 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from deploy.simulate.fleet import BOUND, Network
 from deploy.simulate.results import Case, Setting, Slo
+from deploy.simulate.split_fleet import Split
 from deploy.traces.trace import Trace
 from rhizome.errors import InvalidRequest
 from router.objective import Objective
@@ -22,6 +23,7 @@ REFERENCE_POLICY = "round-robin"
 """Loads are shares of the speed that saturates it."""
 
 OBJECTIVES = ("ttft", "slo")
+ROLES = ("prefill", "decode", "both")
 
 MAX_WORKERS = 4096
 MAX_ROUTERS = 256
@@ -44,6 +46,7 @@ class Asked:
     speed: str | None = None
     load: str | None = None
     find_saturation: str | None = None
+    roles: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Plan:
     speeds: tuple[float, ...] = ()
     loads: tuple[float, ...] = ()
     saturate: tuple[str, ...] = ()  # policies
+    split: Split | None = None  # to be run beside equal workers, wherever it is of as many
 
     @property
     def saturations(self) -> list[tuple[str, int]]:
@@ -67,11 +71,17 @@ class Plan:
         if self.saturate:
             return []
         return [
-            Case(policy, workers, speed, load)
+            Case(policy, workers, speed, load, split)
             for workers in self.workers
             for speed, load in self._speeds(workers, saturation)
             for policy in self.policies
+            for split in self._splits(workers, policy)
         ]
+
+    def _splits(self, workers: int, policy: str) -> list[Split | None]:
+        if self.split is None or self.split.workers != workers or policy == BOUND:  # all of that lies in one cache
+            return [None]
+        return [None, self.split]
 
     def _speeds(self, workers: int, saturation: dict[tuple[str, int], float]) -> Sequence[tuple[float, float | None]]:
         if self.loads:
@@ -85,19 +95,36 @@ def plan_of(asked: Asked) -> Plan:
     named = [name for name, value in given.items() if value is not None]
     if len(named) > 1:
         raise InvalidRequest(", ".join(named), ", ".join(str(given[name]) for name in named), "one of them at a time")
-    plan = Plan(
-        _distinct(
-            "--workers", [_whole("--workers", part, 1, MAX_WORKERS) for part in _parts("--workers", asked.workers)]
-        ),
-        _policies("--policy", asked.policy),
+    workers = _distinct(
+        "--workers", [_whole("--workers", part, 1, MAX_WORKERS) for part in _parts("--workers", asked.workers)]
     )
+    plan = Plan(workers, _policies("--policy", asked.policy))
+    if asked.roles is not None:
+        plan = replace(plan, split=_split_of(asked.roles, plan.workers))
     if asked.find_saturation is not None:
-        return Plan(plan.workers, plan.policies, saturate=_policies("--find-saturation", asked.find_saturation))
+        if asked.roles is not None:
+            raise InvalidRequest("--roles", asked.roles, "not with --find-saturation: what saturates is equal workers")
+        return replace(plan, saturate=_policies("--find-saturation", asked.find_saturation))
     if asked.load is not None:
-        loads = _numbers("--load", asked.load, MIN_LOAD, MAX_LOAD)
-        return Plan(plan.workers, plan.policies, loads=loads)
+        return replace(plan, loads=_numbers("--load", asked.load, MIN_LOAD, MAX_LOAD))
     speed = "1" if asked.speed is None else asked.speed
-    return Plan(plan.workers, plan.policies, speeds=_numbers("--speed", speed, MIN_SPEED, MAX_SPEED))
+    return replace(plan, speeds=_numbers("--speed", speed, MIN_SPEED, MAX_SPEED))
+
+
+def _split_of(text: str, workers: Sequence[int]) -> Split:
+    counts: dict[str, int] = {}
+    for part in _parts("--roles", text):
+        role, _, count = part.partition("=")
+        if role not in ROLES or role in counts:
+            raise InvalidRequest("--roles", text, f"ROLE=N, with each role once: {', '.join(ROLES)}")
+        counts[role] = _whole(f"--roles {role}", count, 0, MAX_WORKERS)
+    prefill, decode, both = (counts.get(role, 0) for role in ROLES)
+    if not prefill or not decode + both:
+        raise InvalidRequest("--roles", text, "workers that prefill, and others that decode")
+    split = Split(prefill, decode, both)
+    if split.workers not in workers:
+        raise InvalidRequest("--roles", text, f"as many as --workers: {', '.join(map(str, workers))}")
+    return split
 
 
 def objective_of(name: str, slo: Slo) -> Objective | None:
@@ -134,7 +161,7 @@ def setting_of(
         limit = f"at least the {trace.block_size} tokens of one of the trace's blocks; without: --no-host-tier"
         raise InvalidRequest(f"hardware {hardware.name}: host_kv_tokens", hardware.host_kv_tokens, limit)
     if peer_fetch and not hardware.fetch_token_s:
-        limit = "above 0, to fetch KV blocks from other workers; without: --no-peer-fetch"
+        limit = "above 0, to fetch KV blocks from other workers; without: neither --peer-fetch nor --roles"
         raise InvalidRequest(f"hardware {hardware.name}: fetch_token_s", hardware.fetch_token_s, limit)
     return Setting(
         trace,

@@ -63,9 +63,9 @@ def _latency(pyplot: Any, rows: Sequence[Row]) -> Any:
         (axes[0], "ttft_mean_s", "mean"),
         (axes[1], "ttft_short_p99_s", "p99 of short work"),
     ):
-        for policy in dict.fromkeys(row.policy for row in rows):
-            points = [(row.rate_per_s, getattr(row, field)) for row in rows if row.policy == policy]
-            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=policy)
+        for label in dict.fromkeys(row.label for row in rows):
+            points = [(row.rate_per_s, getattr(row, field)) for row in rows if row.label == label]
+            axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=label)
         title = f"{rows[0].workers} workers: time to first token, {what}"
         axis.set(title=title, xlabel="requests a second", ylabel="seconds", yscale="log")
         axis.grid(visible=True, alpha=0.3)
@@ -77,7 +77,7 @@ def _distributions(pyplot: Any, runs: Sequence[Run]) -> Any:
     figure, axis = pyplot.subplots(figsize=(7, 4.4))
     for run in runs:
         ordered = np.sort(run.ttft_s)
-        axis.plot(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), label=run.row.policy)
+        axis.plot(ordered, np.arange(1, len(ordered) + 1) / max(1, len(ordered)), label=run.row.label)
     row = runs[0].row
     axis.set(title=_title(row), xscale="log", xlabel="time to first token, s", ylabel="share of requests")
     axis.grid(visible=True, alpha=0.3)
@@ -100,7 +100,7 @@ def _workers(pyplot: Any, run: Run) -> Any:
         axis.set_ylim(bottom=0)
         axis.grid(visible=True, alpha=0.3)
     axes[0].plot(timeline.times_s, timeline.held, linestyle="--", linewidth=1, color="black", label="held in routers")
-    axes[0].set_title(f"{run.row.policy}, {_title(run.row)}")
+    axes[0].set_title(f"{run.row.label}, {_title(run.row)}")
     axes[2].set_xlabel("virtual seconds")
     if run.row.workers <= MAX_NAMED_WORKERS:
         axes[0].legend(fontsize=7, ncols=2)

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from deploy.simulate.fleet import Fleet, Network, Outcome
+from deploy.simulate.split_fleet import Split
 from deploy.traces.trace import Trace, trace_line
 from router.objective import Objective
 from worker.step_time import Hardware
@@ -43,6 +44,7 @@ class Case:
     workers: int
     speed: float
     load: float | None = None  # speed as a share of round-robin's saturation, where it was asked for so
+    split: Split | None = None  # of the workers; None: all are of role both
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +71,8 @@ class Row:
     (`short_work`: by the trace alone, so the same ones for every policy). itl: from token to token, each request's
     mean, over requests of two tokens or more. hit_ratio: share of the prompts' tokens that were cached when their
     prefill began. prefill_saved: share that was not computed, what preemptions had computed again taken off (the
-    bound's gifts are saved). fetched_share: share that came from other workers. goodput: share of all requests, refused
+    bound's gifts are saved). fetched_share: share that came from other workers. handed_over: share of requests that one
+    worker began and another went on with; `roles` are the workers' then. goodput: share of all requests, refused
     ones included, that kept the SLO. imbalance: largest by mean of the workers' time in steps. prediction_error:
     |predicted - observed| TTFT, the prediction as of the decision and what was held until then. held: share of requests
     that the router held back, and the mean time of these. duration: virtual time until the last request ended. wall and
@@ -78,6 +81,7 @@ class Row:
 
     policy: str
     workers: int
+    roles: str  # empty: all of role both
     routers: int
     speed: float
     load: float | None
@@ -98,6 +102,7 @@ class Row:
     hit_ratio: float
     prefill_saved: float
     fetched_share: float
+    handed_over: float
     goodput: float
     imbalance: float
     preemptions: int
@@ -108,6 +113,11 @@ class Row:
     duration_s: float
     wall_s: float
     requests_per_s: float
+
+    @property
+    def label(self) -> str:
+        """What rows of one fleet and speed differ in."""
+        return f"{self.policy}, {self.roles}" if self.roles else self.policy
 
     def to_json(self) -> dict[str, Any]:
         """By name; null for NaN."""
@@ -133,6 +143,7 @@ def row_of(fleet: Fleet, setting: Setting, case: Case, wall_s: float) -> Row:
     return Row(
         policy=case.policy,
         workers=case.workers,
+        roles="" if case.split is None else str(case.split),
         routers=setting.routers,
         speed=case.speed,
         load=case.load,
@@ -153,6 +164,7 @@ def row_of(fleet: Fleet, setting: Setting, case: Case, wall_s: float) -> Row:
         hit_ratio=_share(sum(worker.scheduler.cached_prompt_tokens for worker in fleet.workers), prompt_tokens),
         prefill_saved=1 - _share(computed, prompt_tokens),
         fetched_share=_share(sum(outcome.fetched_tokens for outcome in done), sum(o.prompt_tokens for o in done)),
+        handed_over=_share(sum(outcome.begun_by >= 0 for outcome in done), len(done)),
         goodput=_share(int(good.sum()), len(outcomes)),
         imbalance=_imbalance([_busy_s(fleet, number) for number in range(len(fleet.workers))]),
         preemptions=sum(worker.scheduler.preemptions for worker in fleet.workers),

@@ -19,7 +19,7 @@ def _share(value: float) -> str:
 
 
 COLUMNS: dict[str, Callable[[Row], str]] = {
-    "policy": lambda row: row.policy,
+    "policy": lambda row: row.label,
     "TTFT mean": lambda row: _seconds(row.ttft_mean_s),
     "p50": lambda row: _seconds(row.ttft_p50_s),
     "p90": lambda row: _seconds(row.ttft_p90_s),

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from deploy.simulate.fleet import Fleet
 from deploy.simulate.results import Case, Row, Setting, Values, row_of, ttfts
 from deploy.simulate.saturation import busy_speed, find_saturation
+from deploy.simulate.split_fleet import SplitFleet
 from deploy.simulate.timeline import Timeline
 from rhizome.errors import Unavailable
 
@@ -38,19 +39,21 @@ class Run:
 def replay(setting: Setting, case: Case, tell: Tell | None = None) -> Run:
     """Run one case. `tell` is told now and then how many requests have ended since it was told last."""
     began = time.perf_counter()
-    fleet = Fleet(
-        setting.trace.scaled(case.speed),
-        setting.hardware,
-        workers=case.workers,
-        policy=case.policy,
-        objective=setting.objective,
-        routers=setting.routers,
-        network=setting.network,
-        seed=setting.seed,
-        host_tier=setting.host_tier,
-        peer_fetch=setting.peer_fetch,
-        prior_error=setting.prior_error,
-    )
+    given = {
+        "policy": case.policy,
+        "objective": setting.objective,
+        "routers": setting.routers,
+        "network": setting.network,
+        "seed": setting.seed,
+        "host_tier": setting.host_tier,
+        "prior_error": setting.prior_error,
+    }
+    fleet: Fleet
+    trace = setting.trace.scaled(case.speed)
+    if case.split is None:
+        fleet = Fleet(trace, setting.hardware, workers=case.workers, peer_fetch=setting.peer_fetch, **given)  # type: ignore[arg-type]
+    else:
+        fleet = SplitFleet(trace, setting.hardware, case.split, **given)
     timeline = Timeline()
     told = 0
 

@@ -86,6 +86,21 @@ def test_a_table_plots_and_results_come_out(trace: Path, tmp_path: Path) -> None
     ]
 
 
+def test_prefill_apart_from_decode_is_a_row_beside_the_plain_fleets(trace: Path) -> None:
+    """With its roles in its name; one worker begins, another goes on with what it pulls."""
+    common = (trace, "--workers", 3, "--roles", "prefill=1,decode=2", "--policy", "predicted-ttft", "--speed", 4)
+    assert "predicted-ttft, prefill=1,decode=2" in run(*common, "--jobs", 1)
+    one, two = (same_everywhere(run(*common, "--jobs", jobs, "--json")) for jobs in (1, 2))
+    assert one == two
+    assert one["peer_fetch"]
+    plain, split = one["rows"]
+    assert (plain["roles"], plain["handed_over"]) == ("", 0.0)
+    assert split["roles"] == "prefill=1,decode=2"
+    assert 0.2 < split["handed_over"] < 1
+    assert split["fetched_share"] > plain["fetched_share"]
+    assert split["itl_mean_s"] < plain["itl_mean_s"]
+
+
 def test_workers_are_drawn_over_time(trace: Path, tmp_path: Path) -> None:
     """Where there are samples enough: one each hundred requests."""
     many = tmp_path / "many.jsonl"

@@ -18,6 +18,7 @@ from deploy.simulate.plan import (
     setting_of,
 )
 from deploy.simulate.results import Case, Slo
+from deploy.simulate.split_fleet import Split
 from deploy.traces.trace import Trace, TraceRequest
 from rhizome.errors import InvalidRequest
 from worker.step_time import HARDWARE
@@ -53,6 +54,20 @@ def test_a_search_for_saturation_runs_nothing_else() -> None:
     assert plan.cases(dict.fromkeys(plan.saturations, 1.0)) == []
 
 
+def test_a_split_runs_beside_as_many_equal_workers() -> None:
+    """Where there are as many; not under the bound, which has but one cache. Its workers can pull, so all can."""
+    plan = plan_of(Asked("3,8", "dynamo,bound", roles="prefill=1, both=1,decode=6"))
+    assert plan.split == Split(1, 6, 1)
+    assert str(plan.split) == "prefill=1,decode=6,both=1"
+    assert [(case.workers, case.policy, case.split) for case in plan.cases({})] == [
+        (3, "dynamo", None),
+        (3, BOUND, None),
+        (8, "dynamo", None),
+        (8, "dynamo", plan.split),
+        (8, BOUND, None),
+    ]
+
+
 def test_all_are_all() -> None:
     """The issue's thirteen names; the command's default is among them and is what the plan says."""
     assert plan_of(Asked("1", "all")).policies == SIMULATED_POLICIES
@@ -82,6 +97,14 @@ def test_all_are_all() -> None:
         (Asked("4", "dynamo", speed="1,1.0"), "--speed is '1.0,1.0': each value once"),
         (Asked("4", "dynamo", load="-1"), "--load is '-1': a number from 0.01 to 100"),
         (Asked("4", "dynamo", find_saturation="x"), "--find-saturation is 'x': one of"),
+        (Asked("4", "dynamo", roles="decode=4"), "--roles is 'decode=4': workers that prefill, and others that decode"),
+        (Asked("4", "dynamo", roles="prefill=4"), "--roles is 'prefill=4': workers that prefill, and others"),
+        (Asked("4", "dynamo", roles="prefill=4,both=0"), "--roles .* workers that prefill, and others"),
+        (Asked("4", "dynamo", roles="prefill=1,decode=2"), "--roles .* as many as --workers: 4"),
+        (Asked("4", "dynamo", roles="prefill=1,x=3"), "--roles .* ROLE=N, with each role once: prefill, decode, both"),
+        (Asked("4", "dynamo", roles="prefill=1,prefill=3"), "--roles .* each role once"),
+        (Asked("4", "dynamo", roles="prefill=-1,decode=3"), "--roles prefill is '-1': a whole number"),
+        (Asked("4", "dynamo", find_saturation="sticky", roles="prefill=1,decode=3"), "not with --find-saturation"),
         (Asked("4", "dynamo", speed="1", load="1"), "--speed, --load is '1, 1': one of them at a time"),
     ],
 )
@@ -126,6 +149,10 @@ def made(**given: Any) -> object:
         (
             {"hardware": replace(HARDWARE["70b-4xh100"], host_kv_tokens=0), "host_tier": True},
             "host_kv_tokens is 0: at least the 512 tokens",
+        ),
+        (
+            {"hardware": replace(HARDWARE["70b-4xh100"], fetch_token_s=0.0), "peer_fetch": True},
+            "fetch_token_s is 0.0: above 0, to fetch",
         ),
     ],
 )
