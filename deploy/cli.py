@@ -332,13 +332,14 @@ def status(
 
 @app.command(cls=RayCommand)
 def scale(
-    group: Annotated[str, typer.Argument(help="a group of workers")],
-    count: Annotated[int, typer.Argument(min=0, help="workers to have in it")],
+    group: Annotated[str, typer.Argument(help="a group of workers, or routers")],
+    count: Annotated[int, typer.Argument(min=0, help="how many there are to be")],
     fleet: FleetName = None,
     ray: OnRay = None,
     drain: DrainSeconds = 30.0,
 ) -> None:
-    """Change the number of a group's workers while the fleet serves; those that leave end their answers first."""
+    """Change the number of a group's workers while the fleet serves; those that leave end their answers first. So it is
+    with routers, in a fleet with a registry."""
     from deploy.fleet.commands import run_scale
 
     typer.echo(run_scale(group, count, fleet, ray, drain_s=drain))
