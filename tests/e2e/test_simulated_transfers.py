@@ -68,9 +68,7 @@ def test_prefill_apart_from_decode_needs_no_gpus() -> None:
             begun, decoder = answer.worker_ids
             assert begun == "prefill-0"
             assert decoder.startswith("decode-")
-            assert (
-                answer.total_s - answer.ttft_s >= PULL_S + 7 * HARDWARE[HARDWARE_NAME].steps.decode_step_s / TIME_SCALE
-            )
+            assert answer.total_s >= PULL_S + 8 * HARDWARE[HARDWARE_NAME].steps.decode_step_s / TIME_SCALE
             await until(client, lambda known: known[decoder].status.pulled_blocks == 93)
             known = await entries(client)
             # Routers learn the modelled pace, whatever the stand-ins take.
