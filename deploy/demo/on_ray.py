@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
+import shutil
 import tempfile
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +28,8 @@ OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes: nothing of a 
 CPUS = 2  # as Ray counts them; it starts as many processes beforehand
 LOOPBACK = "127.0.0.2"  # Ray takes 127.0.0.1 for a word that means the machine's outer address
 DRAIN_S = 5.0
+REMOVE_TIMEOUT_S = 10.0
+POLL_S = 0.2
 SHORT_FOLDER = Path("/tmp")  # noqa: S108 - Ray's sockets lie in it, and their paths may have 107 characters
 
 
@@ -75,13 +79,24 @@ def _found(say: Say) -> bool:
 def _started(say: Say) -> Iterator[None]:
     """A cluster of one node, on loopback, all of whose files lie in one folder. Raises Unavailable."""
     parent = SHORT_FOLDER if SHORT_FOLDER.is_dir() else None
-    with tempfile.TemporaryDirectory(prefix="rhizome-ray-", dir=parent, ignore_cleanup_errors=True) as folder:
-        try:
-            _start(folder, say)
-            yield
-        finally:
-            say("ending Ray")
-            ray.shutdown()
+    folder = tempfile.mkdtemp(prefix="rhizome-ray-", dir=parent)
+    try:
+        _start(folder, say)
+        yield
+    finally:
+        say("ending Ray")
+        ray.shutdown()
+        _remove(folder)
+
+
+def _remove(folder: str) -> None:
+    """Ray's processes may write to it to their last, and that is after they were told to end."""
+    deadline_s = time.monotonic() + REMOVE_TIMEOUT_S
+    while os.path.exists(folder) and time.monotonic() < deadline_s:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(POLL_S)
+    # One that comes late may make it anew, as Ray does with a folder that is not there.
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _start(folder: str, say: Say) -> None:

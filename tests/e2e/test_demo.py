@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -66,17 +67,8 @@ def marked(mark: str) -> list[int]:
     return found
 
 
-def test_prefill_apart_from_decode_answers_as_workers_that_do_both() -> None:
-    """On this machine."""
-    check_disagg(*demo("--disagg"))
-
-
-def test_the_demo_starts_a_ray_of_its_own_and_leaves_nothing_of_it() -> None:
-    """The same there: no process is left, and no file."""
-    pytest.importorskip("ray", reason="Ray is not installed: pip install 'rhizome[ray]'")
-    mark = uuid.uuid4().hex
-    report, words = demo("--disagg", "--ray=local", mark=mark)
-    check_disagg(report, words)
+def check_nothing_is_left(mark: str, words: str) -> None:
+    """Of a Ray that the demo has started: no process, and no file."""
     folders = re.findall(r"starting Ray for the demo alone, in (\S+):", words)
     assert folders
     deadline_s = time.monotonic() + PATIENCE_S
@@ -84,6 +76,38 @@ def test_the_demo_starts_a_ray_of_its_own_and_leaves_nothing_of_it() -> None:
         time.sleep(0.1)
     assert left == []
     assert not any(Path(folder).exists() for folder in folders)
+
+
+def test_prefill_apart_from_decode_answers_as_workers_that_do_both() -> None:
+    """On this machine."""
+    check_disagg(*demo("--disagg"))
+
+
+def test_the_demo_starts_a_ray_of_its_own_and_leaves_nothing_of_it() -> None:
+    """The same there."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'rhizome[ray]'")
+    mark = uuid.uuid4().hex
+    report, words = demo("--disagg", "--ray=local", mark=mark)
+    check_disagg(report, words)
+    check_nothing_is_left(mark, words)
+
+
+def test_ctrl_c_ends_the_demo_and_its_ray() -> None:
+    """While the fleet starts."""
+    pytest.importorskip("ray", reason="Ray is not installed: pip install 'rhizome[ray]'")
+    mark = uuid.uuid4().hex
+    command = (sys.executable, "-m", "deploy.cli", "demo", "--json", "--ray=local")
+    words, told = "", False
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {MARK: mark}) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            words += line
+            if "placing routers and workers" in line and not told:  # the line may be printed again
+                os.kill(process.pid, signal.SIGINT)
+                told = True
+        assert process.wait(200) == 130, words
+    assert "Traceback" not in words
+    check_nothing_is_left(mark, words)
 
 
 def test_without_ray_the_demo_says_what_to_install() -> None:
