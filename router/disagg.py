@@ -57,10 +57,12 @@ def can_pull(rows: Candidates) -> Rows:
 
 def to_go_on(rows: Candidates, pulls: Rows) -> Floats:
     """Turn rows for a whole prompt into those for an answer that was begun elsewhere, where its full blocks lie
-    ready for `pulls`. Scores: seconds until the answer ends, about."""
+    ready for `pulls`. Scores: the seconds that a worker's load adds until the answer ends, about.
+
+    What steps take apart from load is left out: of equal workers it differs by chance, and answers would wander.
+    """
     values, missing = rows.rows, _missing(rows)
-    beside_s = values[Column.SEQUENCE_S] * (rows.decoding + 1)
-    beside_s += values[Column.CONTEXT_S] * (values[Column.CONTEXT] + rows.prompt_tokens)
+    beside_s = values[Column.SEQUENCE_S] * rows.decoding + values[Column.CONTEXT_S] * values[Column.CONTEXT]
     step_s = values[Column.DECODE_STEP_S] + beside_s
     tail = rows.prompt_tokens % rows.block_size + 1  # what fills no block, and the first token
     for row, there in (
@@ -74,7 +76,7 @@ def to_go_on(rows: Candidates, pulls: Rows) -> Floats:
         values[row] = np.where(pulls, there, values[row])
     ready_s = np.maximum(np.maximum(rows.queue_s, rows.memory_s), values[Predicted.FETCH_S])
     values[Predicted.TTFT_S] = ready_s + rows.prefill_s + rows.decode_s
-    scores: Floats = rows.ttft_s + ANSWER_TOKENS * step_s
+    scores: Floats = ready_s + ANSWER_TOKENS * beside_s + np.where(pulls, 0.0, rows.prefill_s)
     return scores
 
 

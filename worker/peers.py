@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
@@ -33,6 +34,7 @@ _T = TypeVar("_T")
 MAX_PULLS = 8  # at once: each has a thread, and slots of the pool; others wait, no more than requests are accepted
 PATIENCE_S = 2.0  # with the engine, which answers between two steps
 START_S = 1.0  # a pull may take this and ...
+LONG_S = 0.1  # a pull that may take as long, besides, tells its pace: 10 MB
 SLOWEST_BYTES_S = 100e6  # ... as long as its blocks take at that pace; slower than this, computing is as good
 FETCH_BYTES_S = 1e9  # what routers are told to expect
 
@@ -66,7 +68,7 @@ class PeerBlocks:
         own_pace_s = puller.memory.layout.block_bytes / SLOWEST_BYTES_S
         self._slowest_block_s = own_pace_s if slowest_block_s is None else slowest_block_s
         # Used on the engine's thread.
-        self._pace = PullPace(thread.engine.config.block_size)
+        self._pace = PullPace(thread.engine.config.block_size, math.ceil(LONG_S / self._slowest_block_s))
         self._late = LateSlots(puller.memory.in_flight, self._give_back_late)
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="rhizome-pull")
 

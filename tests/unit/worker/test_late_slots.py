@@ -91,8 +91,9 @@ def test_what_is_written_late_is_nobodys_until_then() -> None:
         until(lambda: b.status().blocks_in_use == 0)
 
 
-def test_a_worker_tells_what_it_pulled_which_way_and_at_what_pace() -> None:
-    """By transport; a pull that was short does not change the pace."""
+def test_a_worker_tells_what_it_pulled_which_way_and_at_what_pace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By transport; a pull that was cut does not change the pace."""
+    monkeypatch.setattr("worker.peers.LONG_S", 0.0)  # that blocks of 32 bytes tell it
     identity = WorkerIdentity("b", 7, None, {})  # type: ignore[arg-type]
     with two() as (a, b):
         assert status_message(identity, b.status()).fetch_token_s == 0
@@ -112,15 +113,15 @@ def test_a_worker_tells_what_it_pulled_which_way_and_at_what_pace() -> None:
 
 
 def test_the_pace_follows_the_latest_pulls_and_long_ones_count_for_more() -> None:
-    """Seconds for a token, of pulls that brought everything."""
-    pace = PullPace(16)
+    """Seconds for a token, of pulls that brought everything and were no mere round trips."""
+    pace = PullPace(16, least_blocks=5)
     assert pace.token_s == 0
     pace.add(10, 9, 100.0)
     assert pace.token_s == 0
     pace.add(10, 10, 0.16)
     assert pace.token_s == pytest.approx(1e-3)
-    pace.add(1, 1, 0.16)  # a round trip, mostly
-    assert pace.token_s < 2e-3
+    pace.add(4, 4, 0.16)  # a round trip, mostly
+    assert pace.token_s == pytest.approx(1e-3)
     for _ in range(100):
         pace.add(100, 100, 3.2)
     assert pace.token_s == pytest.approx(2e-3, rel=1e-3)
