@@ -45,7 +45,6 @@ def test_blocks_travel_the_way_that_was_chosen(tiny_model: Path, way: str) -> No
             (counts,) = status.pull_counts
             assert (counts.transport, counts.pulls, counts.failed, counts.blocks) == (way, 1, 0, 93)
             assert counts.size_bytes == status.pulled_bytes
-            assert status.fetch_token_s == pytest.approx(counts.seconds / (93 * 16), rel=0.5)
             await asyncio.to_thread(_shown, cluster.address, way)
 
     asyncio.run(main())
