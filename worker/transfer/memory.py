@@ -7,13 +7,16 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rhizome.errors import InvalidRequest
-from worker.transfer.digests import copy_blocks, digests_of
+from worker.transfer.digests import copy_blocks, digests_of, receiver
+
+if TYPE_CHECKING:
+    from radix._native import BlockReceiver
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -121,6 +124,10 @@ class BlockMemory:
     def digests(self, blocks: Sequence[int]) -> list[int]:
         """The digests of blocks' bytes."""
         return digests_of(self.pieces, blocks)
+
+    def receiver(self, slots: Sequence[int]) -> BlockReceiver | None:
+        """See worker.transfer.digests."""
+        return receiver(self.pieces, slots)
 
     def copy_in(
         self, slots: Sequence[int], source: BlockMemory, blocks: Sequence[int], *, digest: bool = True
