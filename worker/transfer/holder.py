@@ -31,7 +31,7 @@ from worker.transfer.messages import (
     encode_refused,
 )
 
-HAND_OVER_S = 30.0  # until whoever goes on with a request has pulled
+HAND_OVER_S = 15.0  # until whoever goes on with a request has pulled
 Pieces: TypeAlias = list[bytes | memoryview]
 """Buffers to be sent one after another. Those of blocks are the pool's memory itself."""
 
