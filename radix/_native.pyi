@@ -129,6 +129,7 @@ def predict(
     head_left: float,
     host_share: float,
     fetch_start_s: float,
+    sources: NDArray[np.intp] | None = None,
 ) -> NDArray[np.float64]: ...
 def predicted_ttft_scores(
     rows: NDArray[np.float64], full_weight: float, even_full: float, most_pushed_s: float

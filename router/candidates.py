@@ -69,13 +69,24 @@ class Candidates:
     ttft_s = _Row(Predicted.TTFT_S)
 
     def __init__(
-        self, slots: Slots, values: Floats, prompt_tokens: int, block_size: int, held_blocks: Floats, now: float
+        self,
+        slots: Slots,
+        values: Floats,
+        prompt_tokens: int,
+        block_size: int,
+        held_blocks: Floats,
+        now: float,
+        sources: Slots | None = None,
     ) -> None:
         """See router.prediction.predict."""
         self.slots = slots
         self.prompt_tokens = prompt_tokens
         self.block_size = block_size
-        self.rows = predict(values, slots, held_blocks, prompt_tokens, block_size, now)
+        self.rows = predict(values, slots, held_blocks, prompt_tokens, block_size, now, sources)
+        self._sources = slots if sources is None else sources
+        self._held_blocks = held_blocks
+        self._values = values
+        self._source: int | None = None
 
     @property
     def prompt_blocks(self) -> int:
@@ -86,10 +97,13 @@ class Candidates:
         return len(self.slots)
 
     def source(self) -> int:
-        """The one to fetch from: of those that hold most of the prompt the least busy."""
-        held = self.cached_tokens - self.fetched_tokens
-        most = np.flatnonzero(held == held.max())
-        return most.item(self.in_flight[most].argmin())
+        """The slot of the one to fetch from: of the sources that hold most of the prompt the least busy, when first
+        asked for."""
+        if self._source is None:
+            held = np.minimum(self._held_blocks[1, self._sources], (self.prompt_tokens - 1) // self.block_size)
+            most = self._sources[held == held.max()]
+            self._source = int(most[self._values[Column.SEQUENCES, most].argmin()])
+        return self._source
 
     def at(self, index: int) -> list[float]:
         """One of them: its value in each row."""

@@ -32,6 +32,7 @@ class Able:
     slots: Slots
     card: ModelCard
     roles: Roles | None  # None: all of role both
+    sources: Slots  # the same, and those that only lend what they hold: they drain
 
 
 class Choice:
@@ -93,7 +94,9 @@ class Choice:
             workers = {self._index.slot(member.info.worker_id): member.info for member in self._members_able(card.name)}
             slots = sorted(workers)
             roles = roles_of([workers[slot] for slot in slots])
-            known = self._able[model] = Able(np.array(slots, np.intp), card, roles)
+            lending = [self._index.slot(each.info.worker_id) for each in self._fleet.serving(card.name) if _lends(each)]
+            sources = np.array([*slots, *lending], np.intp)
+            known = self._able[model] = Able(np.array(slots, np.intp), card, roles, sources)
         return known
 
     def _members_able(self, model: str) -> list[Member]:
@@ -159,8 +162,15 @@ class Choice:
         return Comparison(rows, rows.at(chosen), scores, chosen, tied, self._index.slot_names, " s", False)
 
     def _candidates(self, request: RouteRequest, able: Able, now: float) -> Candidates:
-        held_blocks = self._held_blocks(request)
-        return Candidates(able.slots, self._table.values, request.prompt_tokens, able.card.block_size, held_blocks, now)
+        return Candidates(
+            able.slots,
+            self._table.values,
+            request.prompt_tokens,
+            able.card.block_size,
+            self._held_blocks(request),
+            now,
+            able.sources,
+        )
 
     # What is told of it.
 
@@ -183,7 +193,7 @@ class Choice:
             explanation=comparison,
             observed=self._overlaps(request, rows.block_size) if self._observed else (),
             fetched_tokens=fetched_tokens,
-            fetch_from=names[rows.slots.item(rows.source())] if fetched_tokens else "",
+            fetch_from=names[rows.source()] if fetched_tokens else "",
             begins=info.role is Role.PREFILL,
         )
 
@@ -258,6 +268,11 @@ def prompt_of(request: RouteRequest) -> Prompt:
 def _takes_requests(member: Member) -> bool:
     able = member.ready and not member.draining and not member.unreachable
     return able and (member.info.role is not Role.PREFILL or bool(member.info.transfer_offers))
+
+
+def _lends(member: Member) -> bool:
+    """Whether a worker that takes no requests gives others what it holds."""
+    return member.ready and member.draining and not member.unreachable and bool(member.info.transfer_offers)
 
 
 def _splits(request: RouteRequest) -> bool:

@@ -65,7 +65,7 @@ class Comparison:
         told = f"{chosen.worker_id}: {chosen.predicted_ttft_s:.3f} s predicted, {chosen.cached_tokens} of "
         told += f"{self.rows.prompt_tokens} prompt tokens cached"
         if chosen.fetched_tokens:
-            told += f", {chosen.fetched_tokens} of them at {self.names[self.rows.slots[self.rows.source()]]}"
+            told += f", {chosen.fetched_tokens} of them at {self.names[self.rows.source()]}"
         told += f"; score {chosen.score:.4g}{self.unit}, "
         if not others:
             return told + "no other worker can take it"

@@ -57,13 +57,20 @@ def _beside_s(values: Floats) -> Floats:
 
 
 def predict_reference(
-    values: Floats, slots: Slots, held_blocks: Floats, prompt_tokens: int, block_size: int, now: float
+    values: Floats,
+    slots: Slots,
+    held_blocks: Floats,
+    prompt_tokens: int,
+    block_size: int,
+    now: float,
+    sources: Slots | None = None,
 ) -> Floats:
     """See predict."""
     table = values[:, slots]
     rows = np.concatenate([table, np.empty((len(Predicted), len(slots)))])
     # The last token is computed in any case, and blocks are reused whole.
-    device, held = np.minimum(held_blocks[:, slots], (prompt_tokens - 1) // block_size)
+    most = (prompt_tokens - 1) // block_size
+    device, held = np.minimum(held_blocks[:, slots], most)
     used = rows[Predicted.USED_BLOCKS] = table[Column.BLOCKS_IN_USE] + table[Column.PENDING_BLOCKS]
     free = rows[Predicted.FREE_BLOCKS] = np.maximum(table[Column.BLOCKS_TOTAL] - used, 0.0)
 
@@ -83,7 +90,7 @@ def predict_reference(
         return tokens, tokens_s, tokens_s + steps_s + host_s
 
     # What another worker holds can be fetched from it.
-    longest = held.max(initial=0.0)
+    longest = np.minimum(held_blocks[1, slots if sources is None else sources], most).max(initial=0.0)
     missing = (longest - held) * block_size
     fetch_s = FETCH_START_S + missing * table[Column.FETCH_TOKEN_S]
     alone, fetched = computing(held * block_size), computing(np.full(len(slots), longest * block_size))
@@ -108,19 +115,26 @@ def predict_reference(
 
 
 def predict(
-    values: Floats, slots: Slots, held_blocks: Floats, prompt_tokens: int, block_size: int, now: float
+    values: Floats,
+    slots: Slots,
+    held_blocks: Floats,
+    prompt_tokens: int,
+    block_size: int,
+    now: float,
+    sources: Slots | None = None,
 ) -> Floats:
     """Shape (ROWS, len(slots)): what the table says of these slots, and what is predicted for each.
 
     The queue is what was sent there and has no first token yet, in steps as full as they can be, less what must have
     been computed since its head began. A step with prefill costs what the decoding sequences beside it cost, too.
     `values` is the whole table; `held_blocks`, shape (2, slots of the table), are leading blocks of the prompt held on
-    the device, and in any tier. Raises ValueError or IndexError for a slot that neither has.
+    the device, and in any tier. `sources` are those to fetch from, by default the same slots. Raises ValueError or
+    IndexError for a slot that neither has.
     """
     if native is None:
-        return predict_reference(values, slots, held_blocks, prompt_tokens, block_size, now)
+        return predict_reference(values, slots, held_blocks, prompt_tokens, block_size, now, sources)
     rows: Floats = native.predict(
-        values, slots, held_blocks, prompt_tokens, block_size, now, HEAD_LEFT, HOST_SHARE, FETCH_START_S
+        values, slots, held_blocks, prompt_tokens, block_size, now, HEAD_LEFT, HOST_SHARE, FETCH_START_S, sources
     )
     return rows
 

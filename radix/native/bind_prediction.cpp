@@ -77,7 +77,7 @@ struct Prompt {
 // What is the same for all workers.
 struct Setting {
     double now, head_left, host_share, fetch_start_s;
-    double longest;  // leading blocks of the prompt that the one with most of them holds
+    double longest;  // leading blocks of the prompt that the source with most of them holds
 };
 
 struct Computing {
@@ -125,16 +125,18 @@ template <class At> void predict_one(At at, const Prompt &prompt, double device,
 }
 
 nb::object predict(nb::handle values, nb::handle slots, nb::handle held_blocks, int64_t prompt_tokens,
-                   int64_t block_size, double now, double head_left, double host_share, double fetch_start_s) {
+                   int64_t block_size, double now, double head_left, double host_share, double fetch_start_s,
+                   nb::handle sources) {
     const Doubles table(values, "values", COLUMNS), held(held_blocks, "held_blocks", 2);
-    const Slots chosen(slots, std::min(table.slots, held.slots));
+    const npy_intp count = std::min(table.slots, held.slots);
+    const Slots chosen(slots, count), holders(sources.is_none() ? slots : sources, count);
     check_range("prompt_tokens", prompt_tokens, 1, INT64_MAX);
     check_range("block_size", block_size, 1, INT64_MAX);
     const Prompt prompt{double(prompt_tokens), double((prompt_tokens - 1) / block_size + 1),
                         double((prompt_tokens - 1) / block_size), double(block_size)};
     Setting setting{now, head_left, host_share, fetch_start_s, 0};
-    for (npy_intp i = 0; i < chosen.size; i++)
-        setting.longest = std::max(setting.longest, std::min(held.row(1)[chosen.data[i]], prompt.reusable_blocks));
+    for (npy_intp i = 0; i < holders.size; i++)
+        setting.longest = std::max(setting.longest, std::min(held.row(1)[holders.data[i]], prompt.reusable_blocks));
     double *out;
     nb::object rows = new_array({ROWS, chosen.size}, NPY_FLOAT64, &out);
     for (int column = 0; column < COLUMNS; column++)
@@ -223,7 +225,8 @@ nb::object queues_s(nb::handle values, nb::handle slots, double now, double head
 void bind_prediction(nb::module_ &module) {
     module.def("predict", &predict, nb::arg("values"), nb::arg("slots"), nb::arg("held_blocks"),
                nb::arg("prompt_tokens"), nb::arg("block_size"), nb::arg("now"), nb::arg("head_left"),
-               nb::arg("host_share"), nb::arg("fetch_start_s"), "See router.prediction.predict.");
+               nb::arg("host_share"), nb::arg("fetch_start_s"), nb::arg("sources") = nb::none(),
+               "See router.prediction.predict.");
     module.def("predicted_ttft_scores", &predicted_ttft_scores, nb::arg("rows"), nb::arg("full_weight"),
                nb::arg("even_full"), nb::arg("most_pushed_s"), "See router.policies.predicted.");
     module.def("choose", &choose, nb::arg("rows"), nb::arg("scores"), nb::arg("tie"), "See router.choice.choose.");

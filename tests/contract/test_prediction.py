@@ -17,7 +17,9 @@ from tests.support.candidates import PlainQuestion, PlainWorker, plain_questions
 pytestmark = pytest.mark.skipif(native is None, reason="there is no native core to compare with")
 
 
-def native_rows(question: PlainQuestion, values: Floats, held: Floats, slots: Slots) -> Floats:
+def native_rows(
+    question: PlainQuestion, values: Floats, held: Floats, slots: Slots, sources: Slots | None = None
+) -> Floats:
     assert native is not None
     rows: Floats = native.predict(
         values,
@@ -29,6 +31,7 @@ def native_rows(question: PlainQuestion, values: Floats, held: Floats, slots: Sl
         HEAD_LEFT,
         HOST_SHARE,
         FETCH_START_S,
+        sources,
     )
     return rows
 
@@ -41,6 +44,16 @@ def test_both_predict_the_same(question: PlainQuestion) -> None:
     found = native_rows(question, values, held, slots)
     assert found.shape == expected.shape == (ROWS, len(slots))
     np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+@given(question=plain_questions(), data=st.data())
+def test_both_fetch_from_who_takes_no_requests(question: PlainQuestion, data: st.DataObject) -> None:
+    """Some of the workers are sources alone."""
+    values, held, sources = question.table()
+    slots = sources[: data.draw(st.integers(0, len(sources)))]
+    asked = (question.prompt_tokens, question.block_size, question.now)
+    expected = predict_reference(values, slots, held, *asked, sources)
+    np.testing.assert_allclose(native_rows(question, values, held, slots, sources), expected, rtol=1e-12, atol=1e-12)
 
 
 @given(question=plain_questions())

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from random import Random
 
 import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from kv_events.events import BlockStored, EventBatch
+from kv_events.log import EventLog
 from router.choice import choose_apart, choose_reference
 from router.core import Router, RouteRequest
 from router.decision import Decision
 from router.fleet import ModelCard, WorkerInfo, WorkerReport
 from tests.support.candidates import PlainQuestion, plain_questions
 
+OFFER = "tcp://h:1"
 CARD = ModelCard("model", 100_000, 1000, 16, "")
 
 
-def router_with(workers: int, *, fetch_token_s: float = 0.0, seed: int = 1) -> Router:
+def router_with(
+    workers: int, *, fetch_token_s: float = 0.0, seed: int = 1, transfer_offers: tuple[str, ...] = ()
+) -> Router:
     router = Router(validate=True, seed=seed)
     for number in range(workers):
         name = f"worker-{number}"
         info = WorkerInfo(name, 1, f"{name}:1", CARD, 10_000, 64, 64, 8192, fetch_token_s=fetch_token_s)
+        info = replace(info, transfer_offers=transfer_offers)
         router.register(info, 0.0)
         router.set_ready(name, 1)
     return router
@@ -67,16 +74,19 @@ def test_routers_that_know_the_same_do_not_all_choose_alike() -> None:
     assert {placed(router_with(3, seed=seed), request(0)).worker_id for seed in range(20)} == {"worker-0"}
 
 
-def test_what_another_worker_holds_is_fetched_where_that_is_quicker() -> None:
-    """The one that holds it is busy: another takes the request and is told where to fetch."""
-    from kv_events.events import BlockStored, EventBatch
-    from kv_events.log import EventLog
-
-    router = router_with(2, fetch_token_s=1e-7)
-    asked = request(1, blocks=640)
-    log = EventLog("worker-0", 1, 16)
+def stored(worker_id: str, asked: RouteRequest) -> EventBatch:
+    """That worker holds the whole prompt."""
+    log = EventLog(worker_id, 1, 16)
     log.append([BlockStored(asked.hashes, 0, 16)], 0.0)
     batch: EventBatch = log.read(0, 1)[0].batch
+    return batch
+
+
+def test_what_another_worker_holds_is_fetched_where_that_is_quicker() -> None:
+    """The one that holds it is busy: another takes the request and is told where to fetch."""
+    router = router_with(2, fetch_token_s=1e-7)
+    asked = request(1, blocks=640)
+    batch = stored("worker-0", asked)
     router.view("worker-0").offer(batch)
     router.heartbeat("worker-0", 1, WorkerReport(running=60, waiting=3, prefill_tokens_outstanding=60_000), 0.5)
     decision = router.explain(asked, 1.0)
@@ -87,3 +97,21 @@ def test_what_another_worker_holds_is_fetched_where_that_is_quicker() -> None:
     alone.view("worker-0").offer(batch)
     decision = alone.explain(asked, 1.0)
     assert (decision.worker_id, decision.fetch_from, decision.fetched_tokens) == ("worker-0", "", 0)
+
+
+def test_what_a_draining_worker_holds_is_fetched_while_it_is_there() -> None:
+    """It takes no request, and gives what it holds to who does: unless it cannot, or cannot be reached."""
+    asked = request(1, blocks=640)
+    for offers, reached, source in [((OFFER,), True, "worker-0"), ((), True, ""), ((OFFER,), False, "")]:
+        router = router_with(3, fetch_token_s=1e-7, transfer_offers=offers)
+        router.view("worker-0").offer(stored("worker-0", asked))
+        router.set_draining("worker-0", True)
+        if not reached:
+            router.set_unreachable("worker-0", 1)
+        decision = router.explain(asked, 1.0)
+        assert decision.worker_id in ("worker-1", "worker-2")
+        assert (decision.fetch_from, decision.fetched_tokens) == (source, 640 * 16 if source else 0)
+        assert len(decision.candidates) == 2, "it is no candidate"
+        router.set_draining("worker-0", False)
+        if reached:
+            assert router.explain(asked, 1.0).worker_id == "worker-0"
