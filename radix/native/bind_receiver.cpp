@@ -1,6 +1,6 @@
-// KV blocks out of a socket into their slots, digested piece by piece while they are in the processor's first caches:
-// received as a whole first, they had left them, and a digest took a quarter of a transfer's time. All of the loop is
-// here, as a call from Python for so small a piece would cost as much as it gains.
+// KV blocks out of a socket into their slots, digested piece by piece while they are in the first caches. Received as a
+// whole first, they had left them, and digests took a third of a puller's time. All of the loop is here: a call from
+// Python for each small piece costs as much as it gains.
 #include <sys/socket.h>
 #include <sys/uio.h>
 
