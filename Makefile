@@ -114,5 +114,14 @@ bench-routing-scale: native
 bench-transfer: native
 	$(BIN)/python -m benchmarks.transfer $(ARGS)
 
+.PHONY: bench-disagg
+bench-disagg: native
+	$(BIN)/python -m benchmarks.disagg $(ARGS)
+
+# Wants Ray, which the extra "dev" brings.
+.PHONY: bench-fleet-ray
+bench-fleet-ray: native
+	$(BIN)/python -m benchmarks.fleet_ray $(ARGS)
+
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
