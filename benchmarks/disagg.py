@@ -2,8 +2,8 @@
 
 Simulated workers, whose steps and pulls take what the model of an H100 and its network says: one of role both, and
 beside it one that prefills and one that decodes, each fleet with a router of its own, all as processes of this machine.
-One request at a time, fleets in turn; every prompt is new and fills its blocks, so that the decode worker has nothing of
-it to compute.
+One request at a time, fleets in turn; every prompt is new and fills its blocks: the decode worker has nothing of it to
+compute.
 """
 
 from __future__ import annotations
