@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import grpc
 import numpy as np
@@ -14,6 +14,7 @@ from deploy.demo.stages import Mode
 from kv_events.bus.grpc import GrpcEventSource
 from kv_events.events import Snapshot
 from rhizome import rpc
+from rhizome.v1 import fleet_pb2
 from rhizome.v1.router_pb2 import WorkerEntry
 from router.client import Client
 from router.tokenizing import PromptTokenizer
@@ -48,6 +49,11 @@ class Player:
         workers = await self._client.workers()
         for _ in workers:
             await self._client.complete("warm-up " * 64, policy="round-robin", max_tokens=4, bypass_prefix_cache=True)
+        if any(worker.role == fleet_pb2.WORKER_ROLE_PREFILL for worker in workers):
+            # An answer that uses no cache is a decode worker's alone.
+            await self._client.complete("warm-up " * 64, max_tokens=4)
+            _, entries = await self._settled()
+            self._pulled = {name: Pulls.of(entry.status) for name, entry in entries.items()}
         self._outcome.block_size = workers[0].model.block_size
 
     async def play(self, mode: Mode) -> None:
@@ -99,9 +105,7 @@ class Player:
 
     async def _look(self, mode: str) -> None:
         """Each worker's own block set beside the router's tree of it, and what it has pulled in this mode."""
-        addresses = {worker.worker_id: worker.address for worker in await self._client.workers()}
-        snapshots = {name: await _snapshot(address) for name, address in addresses.items()}
-        entries = await self._caught_up(snapshots)
+        snapshots, entries = await self._settled()
         checks, pulls = {}, {}
         for name, snapshot in snapshots.items():
             hashes, digest = await self._client.index(name)
@@ -113,8 +117,10 @@ class Player:
         self._outcome.trees[mode] = checks
         self._outcome.pulls[mode] = pulls
 
-    async def _caught_up(self, snapshots: Mapping[str, Snapshot]) -> dict[str, WorkerEntry]:
-        """The router's workers, once its trees, and what they report of themselves, are as new as these snapshots."""
+    async def _settled(self) -> tuple[dict[str, Snapshot], dict[str, WorkerEntry]]:
+        """What workers hold; what the router knows of them, once its trees and their own reports are as new as that."""
+        addresses = {worker.worker_id: worker.address for worker in await self._client.workers()}
+        snapshots = {name: await _snapshot(address) for name, address in addresses.items()}
         async with asyncio.timeout(SETTLE_TIMEOUT_S):
             while True:
                 entries = {worker.worker_id: worker for worker in await self._client.workers()}
@@ -122,7 +128,7 @@ class Player:
                     name: min(entry.next_event_seq, entry.status.next_event_seq) for name, entry in entries.items()
                 }
                 if all(known.get(name, 0) >= snapshot.next_seq for name, snapshot in snapshots.items()):
-                    return entries
+                    return snapshots, entries
                 await asyncio.sleep(POLL_S)
 
 
