@@ -20,6 +20,7 @@ from benchmarks.report import Figure, Row, figure, machine, print_table, row, wr
 from deploy.fleet.config import FleetConfig, Model, Routers, WorkerGroup
 from deploy.fleet.plan import plan_fleet
 from deploy.local import LocalCluster
+from radix import BACKEND
 from router.client import Client
 from worker.hardware_file import load_hardware
 
@@ -38,7 +39,7 @@ def main() -> None:
     rows = asyncio.run(measured(QUICK_ROUNDS if arguments.quick else ROUNDS))
     print_table("Prefill apart from decode", rows)
     if arguments.json:
-        write_json(arguments.json, "disagg", machine(), rows)
+        write_json(arguments.json, "disagg", {**machine(), "index": BACKEND, "quick": arguments.quick}, rows)
 
 
 async def measured(rounds: int) -> list[Row]:

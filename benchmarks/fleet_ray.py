@@ -22,6 +22,7 @@ import grpc
 from benchmarks.report import Row, figure, machine, print_table, row, write_json
 from deploy.fleet.plan import plan_fleet
 from deploy.fleet.reading import parse_fleet
+from radix import BACKEND
 from router.client import Client
 
 NODES = 3
@@ -46,7 +47,7 @@ def main() -> None:
     rows = measured(QUICK_ROUNDS if arguments.quick else ROUNDS)
     print_table("A fleet on Ray", rows)
     if arguments.json:
-        write_json(arguments.json, "fleet_ray", machine(), rows)
+        write_json(arguments.json, "fleet_ray", {**machine(), "index": BACKEND, "quick": arguments.quick}, rows)
 
 
 def measured(rounds: int) -> list[Row]:

@@ -63,6 +63,11 @@ ROUTING = {
     ],
     "requests/s": ["rate carried", "simulated requests"],
 }
+TRANSFERS: dict[str, Callable[[str], bool]] = {
+    "256 MiB in blocks of, GB/s": lambda what: " vs " in what or what.startswith("limit seal"),
+    "digests cost, %": lambda what: what.startswith("digests"),
+    "one block, us": lambda what: "one block" in what,
+}
 EVENTS_ALONE = (
     "append",
     *(f"publish redis {state}" for state in ("alive", "stopped", "dead")),
@@ -126,7 +131,19 @@ def routing_section(report: Report) -> str:
     return "\n\n".join([*parts, _verdict(report)])
 
 
-def routing_scale_section(report: Report) -> str:
+def transfer_section(report: Report) -> str:
+    """Ways for blocks, by the size of a block."""
+    rows: Rows = {row["what"]: row for row in report["rows"]}
+    sizes = list(dict.fromkeys(what.rpartition(" ")[2] for what in rows))
+    of = {title: [what.rpartition(" ")[0] for what in rows if fits(what)] for title, fits in TRANSFERS.items()}
+    parts = [
+        _grid(title, sizes, [(name, [f"{name} {size}" for size in sizes]) for name in dict.fromkeys(names)], rows)
+        for title, names in of.items()
+    ]
+    return "\n\n".join([_measured_on(report), *parts, _verdict(report)])
+
+
+def whole_section(report: Report) -> str:
     """All rows, as they are."""
     rows: Rows = {row["what"]: row for row in report["rows"]}
     return "\n\n".join([_measured_on(report), _alone(rows, rows), _verdict(report)])
@@ -136,7 +153,10 @@ SECTIONS: dict[str, Callable[[Report], str]] = {
     "index": index_section,
     "events": events_section,
     "routing": routing_section,
-    "routing_scale": routing_scale_section,
+    "routing_scale": whole_section,
+    "transfer": transfer_section,
+    "disagg": whole_section,
+    "fleet_ray": whole_section,
 }
 
 

@@ -29,6 +29,7 @@ from benchmarks.measure import cores, in_turn, pin
 from benchmarks.report import AT_MOST, Figure, Row, figure, machine, print_table, row, write_json
 from benchmarks.transfer_holder import Doors, filled, hold, shuffled
 from benchmarks.transfer_ways import BareGrpc, BareNixl, BareSocket, Lease, Memcpy, Ours, Way
+from radix import BACKEND
 from worker.transfer.memory import BlockLayout, BlockMemory
 from worker.transfer.transports.grpc import GrpcTransport
 from worker.transfer.transports.nixl import INSTALL, NixlEndpoint, NixlTransport, has_nixl
@@ -222,7 +223,7 @@ def main(arguments: list[str] | None = None, plan: Plan | None = None) -> int:
         say(f"NIXL is not installed: its rows are left out. To have them: {INSTALL}")
     plan = plan or (QUICK if options.quick else FULL)
     everywhere = cores()
-    facts: dict[str, Any] = {**machine(), "quick": options.quick, "total_bytes": plan.total_bytes}
+    facts: dict[str, Any] = {**machine(), "index": BACKEND, "quick": options.quick, "total_bytes": plan.total_bytes}
     rows: list[Row] = []
     gc.disable()
     pin(everywhere[-1:])

@@ -9,29 +9,40 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 
-import grpc
 import pytest
 
 from deploy.fleet.config import FleetConfig, Model, Routers, WorkerGroup
 from deploy.fleet.plan import plan_fleet
 from deploy.local import LocalCluster
+from rhizome.ticket import SECRET_VARIABLE
 from rhizome.v1 import router_pb2
 from router.client import Ask, Client
+from router.service import running_router
 
+LEASE_S = 12.0
+SECRET = "of the routers and workers of these tests"
 PREFIX = [1 + at * 7 % 250 for at in range(1500)]  # 93 full blocks
 ALONE = ("--kv-cache-mib", "16", "--validate", "--max-running", "1", "--max-waiting", "1")
 GREEDY: Ask = {"temperature": 0.0, "ignore_eos": True}
 
 
+@pytest.fixture(autouse=True)
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The workers' and this process's."""
+    monkeypatch.setenv(SECRET_VARIABLE, SECRET)
+
+
 @asynccontextmanager
 async def fleet(model: Path) -> AsyncIterator[tuple[LocalCluster, Client]]:
-    """Two workers that are full with two requests each."""
+    """Two workers that are full with two requests each. The router that is asked is in this process: it gives leases
+    that a machine that is busy with much else does not lose."""
     group = WorkerGroup(name="worker", count=2)
     plan = plan_fleet(FleetConfig(model=Model(path=model), routers=Routers(port=0), workers=[group]))
-    cluster = LocalCluster(plan, worker_arguments=ALONE)
-    async with asyncio.timeout(150), cluster, Client(cluster.address) as client:
-        await client.wait_ready(workers=2)
-        yield cluster, client
+    async with asyncio.timeout(150), running_router(lease_s=LEASE_S, secret=SECRET.encode()) as address:
+        cluster = LocalCluster(plan, worker_arguments=(*ALONE, f"--router={address}"))
+        async with cluster, Client(address) as client:
+            await client.wait_ready(workers=2, timeout_s=60)
+            yield cluster, client
 
 
 async def entries(client: Client) -> dict[str, router_pb2.WorkerEntry]:
@@ -105,6 +116,7 @@ def test_a_request_takes_a_busy_workers_prefix_along(tiny_model: Path) -> None:
         assert answer.token_ids == whole.token_ids
         assert answer.cached_tokens == 93 * 16
         await until(client, lambda known: nothing_held(known) and known[answer.worker_id].status.pulls > 0)
+        await until(client, lambda known: known[holder].status.lent_blocks > 0)
         known = await entries(client)
         status = known[answer.worker_id].status
         assert (status.pulled_blocks, status.pulls_short, status.pull_transport) == (93, 0, "shm")
@@ -115,9 +127,21 @@ def test_a_request_takes_a_busy_workers_prefix_along(tiny_model: Path) -> None:
     with_fleet(tiny_model, test)
 
 
-@pytest.mark.slow  # its workers lose their leases on a machine that is busy with much else
+def test_a_draining_workers_prefix_is_taken_along(tiny_model: Path) -> None:
+    """It takes no requests any more; who does gets its blocks."""
+
+    async def test(_: LocalCluster, client: Client) -> None:
+        holder = await fill(client)
+        await client.set_draining(holder, True)
+        answer = await client.complete(token_ids=[*PREFIX, 253, 254], max_tokens=4, **GREEDY)
+        assert (answer.worker_id != holder, answer.cached_tokens) == (True, 93 * 16)
+        await until(client, lambda known: nothing_held(known) and known[holder].status.lent_blocks == 93)
+
+    with_fleet(tiny_model, test)
+
+
 def test_the_holder_dies_and_the_rest_is_computed(tiny_model: Path) -> None:
-    """Killed while requests are routed by what it holds: each is answered as by one worker, and nothing stays held."""
+    """Killed when a request has been routed by what it holds: it is answered as by one worker, and nothing stays held."""
 
     async def test(cluster: LocalCluster, client: Client) -> None:
         asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": 24, **GREEDY}
@@ -126,15 +150,15 @@ def test_the_holder_dies_and_the_rest_is_computed(tiny_model: Path) -> None:
         holder = await fill(client)
         tasks = await keep_busy(client, holder)
         (child,) = [child for child in cluster.workers if child.name == holder]
+        (other,) = (await entries(client)).keys() - {holder}
         os.kill(child.pid, signal.SIGSTOP)  # accepts connections, and answers nothing
         answering = asyncio.create_task(client.complete(**asked))
-        await asyncio.sleep(0.3)
+        await until(client, lambda known: known[other].in_flight > 0)  # the pull is ordered
+        await end(tasks)  # else they are tried again where the answer is awaited, and there is no room for all
         os.kill(child.pid, signal.SIGKILL)
         answer = await answering
         assert answer.worker_id != holder
         assert answer.token_ids == whole.token_ids
-        results = await asyncio.gather(*tasks, return_exceptions=True)
-        assert all(result is None or isinstance(result, grpc.aio.AioRpcError) for result in results)
         await until(client, lambda known: nothing_held(known) and known[answer.worker_id].status.pulls > 0)
         status = (await entries(client))[answer.worker_id].status
         assert (status.pulls_short, status.pulled_blocks) == (1, 0)
