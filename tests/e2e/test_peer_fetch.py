@@ -141,7 +141,7 @@ def test_a_draining_workers_prefix_is_taken_along(tiny_model: Path) -> None:
 
 
 def test_the_holder_dies_and_the_rest_is_computed(tiny_model: Path) -> None:
-    """Killed when a request has been routed by what it holds: it is answered as by one worker, and nothing stays held."""
+    """Killed when a request was routed by what it holds: it is answered as by one worker, and nothing stays held."""
 
     async def test(cluster: LocalCluster, client: Client) -> None:
         asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": 24, **GREEDY}
