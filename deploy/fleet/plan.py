@@ -13,6 +13,7 @@ from deploy.fleet.config import MAX_GROUP, MAX_ROUTERS, ROUTERS, FleetConfig, Mo
 from deploy.fleet.logins import Logins, without_logins
 from deploy.processes import WORKER_PLACE, WorkerSettings
 from deploy.served_model import chosen_hardware
+from deploy.transfers import DEFAULT_TRANSPORTS
 from kv_events.bus.url import parse_bus_url
 from rhizome.errors import InvalidRequest
 
@@ -98,6 +99,7 @@ class WorkerServer:
             max_waiting=group.max_waiting,
             events=tuple(group.events),
             event_token_ids=group.event_token_ids,
+            transports=tuple(group.transports) or DEFAULT_TRANSPORTS,
             threads=group.threads or threads,
             advertise=host or None,
             insecure=fleet.insecure,
@@ -134,6 +136,7 @@ class WorkerServer:
             *(f"--{option}={value}" for option, value in given.items() if value is not None),
             *(f"--router={address}" for address in settings.routers),
             *(f"--events={url}" for url in settings.events),
+            *(f"--transport={name}" for name in self.group.transports),
             *(f"--{switch}" for switch, on in switches.items() if on),
         ]
 

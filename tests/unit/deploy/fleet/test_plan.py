@@ -67,7 +67,7 @@ def test_a_fleet_says_how_long_decode_workers_may_take_for_prompts() -> None:
         TEXT,
         TEXT + "registry: redis://127.0.0.1:6379/demo\n",
         "model: {path: /models/m}\nhost: 10.0.0.1\ninsecure: true\nworkers: [{kv_cache_mib: 7, max_model_len: 99}]",
-        "model: {tiny: true}\nworkers: [{max_batched_tokens: 64, max_waiting: 9}]",
+        "model: {tiny: true}\nworkers: [{max_batched_tokens: 64, max_waiting: 9, transports: [tcp, shm]}]",
     ],
 )
 def test_a_process_gets_the_settings_that_an_actor_gets(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
