@@ -24,7 +24,6 @@ void bind_events(nb::module_ &module);
 void bind_held(nb::module_ &module);
 void bind_prediction(nb::module_ &module);
 void bind_blocks(nb::module_ &module);
-void bind_receiver(nb::module_ &module);
 
 inline std::string text_of(nb::object value) {
     const nb::object text = nb::steal(PyObject_Str(value.ptr()));

@@ -11,5 +11,4 @@ NB_MODULE(_native, module) {
     radix::bind_held(module);
     radix::bind_prediction(module);
     radix::bind_blocks(module);
-    radix::bind_receiver(module);
 }

@@ -7,16 +7,13 @@ blocks whose pieces are no multiples of 64 bytes, through NumPy and PyPI's xxhas
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import xxhash
 from numpy.typing import NDArray
 
 from radix.backend import native
-
-if TYPE_CHECKING:
-    from radix._native import BlockReceiver
 
 Pieces: TypeAlias = NDArray[np.uint8]
 """A pool: [planes, blocks, bytes of a piece]."""
@@ -43,14 +40,6 @@ def copy_blocks(
     for slot, block in zip(slots, blocks, strict=True):
         into[:, slot] = pool[:, block]
     return digests_of(into, slots) if digest else [0] * len(slots)
-
-
-def receiver(pool: Pieces, slots: Sequence[int]) -> BlockReceiver | None:
-    """What receives blocks from a socket into slots, and digests them on the way; None where only Python does that."""
-    if native is None or not _is_striped(pool):
-        return None
-    receives: BlockReceiver = native.BlockReceiver(pool, np.array(slots, dtype=np.uint32))
-    return receives
 
 
 def bound(digests: Sequence[int], keys: Sequence[bytes]) -> list[int]:

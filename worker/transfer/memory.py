@@ -7,16 +7,13 @@ import mmap
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rhizome.errors import InvalidRequest
-from worker.transfer.digests import copy_blocks, digests_of, receiver
-
-if TYPE_CHECKING:
-    from radix._native import BlockReceiver
+from worker.transfer.digests import copy_blocks, digests_of
 
 Bytes: TypeAlias = NDArray[np.uint8]
 
@@ -124,10 +121,6 @@ class BlockMemory:
     def digests(self, blocks: Sequence[int]) -> list[int]:
         """The digests of blocks' bytes."""
         return digests_of(self.pieces, blocks)
-
-    def receiver(self, slots: Sequence[int]) -> BlockReceiver | None:
-        """See worker.transfer.digests."""
-        return receiver(self.pieces, slots)
 
     def copy_in(
         self, slots: Sequence[int], source: BlockMemory, blocks: Sequence[int], *, digest: bool = True

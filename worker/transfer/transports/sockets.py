@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import socket
 import struct
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from worker.transfer.errors import TransferFailed
 from worker.transfer.transports import POLL_S
-
-if TYPE_CHECKING:
-    from radix._native import BlockReceiver
 
 MAX_PIECES = 1024  # in one call: Linux' IOV_MAX
 
@@ -63,17 +57,6 @@ class SocketWire:
             if came < due:
                 at = _advance(waiting, at, moved)
         return came
-
-    def receive_blocks(self, receiver: BlockReceiver, due: int, left: Callable[[], float]) -> int:
-        """Fill all of a receiver's blocks, of so many bytes. Otherwise as `receive`."""
-        while receiver.came < due:
-            self._limit(socket.SO_RCVTIMEO, left())
-            number = receiver.receive(self.socket.fileno(), POLL_S)
-            if number < 0:
-                break
-            if number not in (0, errno.EAGAIN, errno.EWOULDBLOCK, errno.EINTR):
-                raise TransferFailed(f"cannot receive: {os.strerror(number)}")
-        return receiver.came
 
     def close(self) -> None:
         """Also wakes a thread that waits in a call."""

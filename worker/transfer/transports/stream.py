@@ -75,23 +75,16 @@ class StreamChannel:
 
     def fetch(self, grant: Grant, memory: BlockMemory, slots: Sequence[int], deadline: Deadline) -> Generator[Batch]:
         """See Channel."""
+        step = max(1, DIGESTED_BYTES // memory.layout.block_bytes) if self.verify else grant.batch_blocks
         for batch in grant.batches():
-            told, some = self.head(len(batch), deadline), slots[batch.start : batch.stop]
-            if self.verify:
-                yield Batch(told, self.digested(memory, some, deadline))
-            else:
+            told = self.head(len(batch), deadline)
+            found: list[int] = []
+            for start in range(batch.start, batch.stop, step):
+                some = slots[start : min(start + step, batch.stop)]
                 self._fill(memory.views(some), deadline)
-                yield Batch(told, None)
-
-    def digested(self, memory: BlockMemory, slots: Sequence[int], deadline: Deadline) -> list[int]:
-        """Fill slots of the memory; the digests of what came."""
-        step = max(1, DIGESTED_BYTES // memory.layout.block_bytes)
-        found: list[int] = []
-        for start in range(0, len(slots), step):
-            some = slots[start : start + step]
-            self._fill(memory.views(some), deadline)
-            found += memory.digests(some)
-        return found
+                if self.verify:
+                    found += memory.digests(some)
+            yield Batch(told, found if self.verify else None)
 
     def head(self, blocks: int, deadline: Deadline) -> list[int]:
         """Read a batch's head: what is told of its blocks."""
@@ -107,7 +100,7 @@ class StreamChannel:
     def _fill(self, views: Sequence[memoryview], deadline: Deadline) -> None:
         came, due = self.stream.read_into(views, deadline), sum(map(len, views))
         if came < due:
-            raise hung_up(came, due)
+            raise TransferFailed(f"the holder hung up, {came} bytes into blocks of {due}")
 
     def release(self, lease_id: bytes) -> None:
         """See Channel."""
@@ -128,11 +121,6 @@ class StreamChannel:
         if came < size:
             raise TransferFailed(f"the holder hung up, {came} bytes into a message of {size}")
         return bytes(data)
-
-
-def hung_up(came: int, due: int) -> TransferFailed:
-    """The stream ended in the midst of blocks."""
-    return TransferFailed(f"the holder hung up, {came} bytes into blocks of {due}")
 
 
 class Refill:

@@ -9,11 +9,10 @@ from contextlib import suppress
 from rhizome.errors import InvalidRequest
 from worker.transfer.deadline import Deadline
 from worker.transfer.errors import TransferFailed
-from worker.transfer.memory import BlockMemory
 from worker.transfer.messages import Kind, frame
 from worker.transfer.transports import Offer
 from worker.transfer.transports.sockets import SocketWire
-from worker.transfer.transports.stream import StreamChannel, hung_up
+from worker.transfer.transports.stream import StreamChannel
 
 RELEASE_S = 0.05  # a full socket is not waited for: the lease ends by itself
 
@@ -41,26 +40,6 @@ class SocketStream:
         self.wire.close()
 
 
-class TcpChannel(StreamChannel):
-    """Where the native core is there, it receives the blocks."""
-
-    def __init__(self, stream: SocketStream, *, verify: bool = True) -> None:
-        super().__init__(stream, verify=verify)
-        self._wire = stream.wire
-
-    def digested(self, memory: BlockMemory, slots: Sequence[int], deadline: Deadline) -> list[int]:
-        """See StreamChannel."""
-        receiver = memory.receiver(slots)
-        if receiver is None:
-            return super().digested(memory, slots, deadline)
-        due = len(slots) * memory.layout.block_bytes
-        came = self._wire.receive_blocks(receiver, due, deadline.left)
-        if came < due:
-            raise hung_up(came, due)
-        digests: list[int] = receiver.digests.tolist()
-        return digests
-
-
 def connect_tcp(offer: Offer, deadline: Deadline) -> socket.socket:
     """A connection to an offer's host and port. Raises TransferFailed."""
     try:
@@ -84,6 +63,6 @@ class TcpTransport:
         """See Transport."""
         return True
 
-    def connect(self, offer: Offer, deadline: Deadline) -> TcpChannel:
+    def connect(self, offer: Offer, deadline: Deadline) -> StreamChannel:
         """See Transport."""
-        return TcpChannel(SocketStream(connect_tcp(offer, deadline)), verify=self._verify)
+        return StreamChannel(SocketStream(connect_tcp(offer, deadline)), verify=self._verify)
