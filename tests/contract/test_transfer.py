@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import atexit
 import random
 import threading
 import time
@@ -41,7 +42,10 @@ TRANSPORTS = ("local", "shm", "tcp", "grpc", "grpc of asyncio", "nixl")
 @cache
 def _endpoints(layout: BlockLayout) -> tuple[NixlEndpoint, NixlEndpoint]:
     """Agents take a while to start, so all tests share them, and their memory."""
-    return NixlEndpoint(BlockMemory.shared(layout, BLOCKS)), NixlEndpoint(BlockMemory.shared(layout, BLOCKS))
+    here, there = (NixlEndpoint(BlockMemory.shared(layout, BLOCKS)) for _ in range(2))
+    for endpoint in (here, there):
+        atexit.register(endpoint.close)  # else the interpreter's end may find their threads in native code
+    return here, there
 
 
 @contextmanager

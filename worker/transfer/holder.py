@@ -76,7 +76,7 @@ class Holder:
         self._clock, self._wall_clock = clock, wall_clock
         self._lock = Lock()  # around counts and the sealing's state
         self._to_seal: deque[Lease] = deque()  # as many as there may be leases
-        self._sealing = False
+        self._sealer: Thread | None = None  # while there is something to seal
         self._seal_step = batch_blocks_of(memory.layout, How.IN_STREAM)
         self.leases = Leases(max(1, memory.num_blocks // 2) if max_leased_blocks is None else max_leased_blocks, clock)
 
@@ -156,8 +156,13 @@ class Holder:
         return self._revoke(self.leases.take_expired())
 
     def close(self) -> None:
-        """End all leases."""
-        self._revoke(self.leases.take_all())
+        """End all leases, for good: there will be no others."""
+        self._revoke(self.leases.close())
+        with self._lock:
+            self._to_seal.clear()
+            sealer = self._sealer
+        if sealer is not None:
+            sealer.join()  # after its step: its lease has ended
 
     def _revoke(self, leases: Sequence[Lease]) -> int:
         for lease in leases:
@@ -229,15 +234,21 @@ class Holder:
             return
         with self._lock:
             self._to_seal.append(lease)
-            idle, self._sealing = not self._sealing, True
-        if idle:
-            Thread(target=self._seal, name="rhizome-seal", daemon=True).start()
+            if self._sealer is None:
+                # No daemon: the interpreter's end aborts the process where it finds one in native code.
+                sealer = Thread(target=self._seal, name="rhizome-seal")
+                try:
+                    sealer.start()
+                except RuntimeError:  # no more threads: digests are taken when they are asked for
+                    self._to_seal.clear()
+                else:
+                    self._sealer = sealer
 
     def _seal(self) -> None:
         while True:
             with self._lock:
                 if not self._to_seal:
-                    self._sealing = False
+                    self._sealer = None
                     return
                 lease = self._to_seal.popleft()
             for start in range(0, len(lease.blocks), self._seal_step):

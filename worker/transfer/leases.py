@@ -97,9 +97,10 @@ class Leases:
             ended = [lease.lease_id for lease in self._by_id.values() if lease.ends_at <= now]
             return [lease for lease in map(self._taken, ended) if lease is not None]
 
-    def take_all(self) -> list[Lease]:
-        """Take out all: the caller unpins their blocks."""
+    def close(self) -> list[Lease]:
+        """Take out all, and let none in any more: the caller unpins their blocks."""
         with self._lock:
+            self.max_leases = 0
             return [lease for lease in map(self._taken, list(self._by_id)) if lease is not None]
 
     def next_end(self) -> float | None:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
 from contextlib import suppress
 from itertools import takewhile
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -13,6 +18,7 @@ from rhizome.errors import NotServed, Overloaded
 from rhizome.transfer_ticket import TransferTicket, read_signed, sign
 from tests.support.block_transfer import LAYOUT, PooledHolder, keys_of, private_memory
 from worker.transfer.holder import Holder
+from worker.transfer.memory import BlockLayout
 from worker.transfer.messages import How, PullRequest, encode_pull
 
 KEYS = keys_of(8)
@@ -131,3 +137,52 @@ def test_a_cache_is_pinned_by_nobodys_ticket() -> None:
         holder.lease(KEYS)
     assert holder.leases.blocks == 0
     cache.check()
+
+
+LARGE = BlockLayout(1 << 20)  # four in a step of sealing
+
+
+def large_holder(num_blocks: int = 8) -> Holder:
+    """With all its blocks stored under keys, and leave to lease each twice."""
+    memory = private_memory(num_blocks, LARGE)
+    cache = PooledHolder(memory)
+    cache.store(keys_of(num_blocks))
+    return Holder("holder", 1, memory, cache, max_leased_blocks=2 * num_blocks)
+
+
+def test_a_holder_that_closes_ends_its_sealing() -> None:
+    """After the step that is under way: no thread goes on, none of what was to be sealed is, and nobody leases more."""
+    holder = large_holder()
+    entered, steps, digests = threading.Event(), list[Sequence[int]](), holder.memory.digests
+
+    def slow(blocks: Sequence[int]) -> list[int]:
+        steps.append(blocks)
+        entered.set()
+        threading.Event().wait(0.05)
+        return digests(blocks)
+
+    holder.memory.digests = slow  # type: ignore[method-assign]
+    for _ in range(2):
+        holder.lease(keys_of(8))
+    assert entered.wait(30)
+    holder.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "rhizome-seal"]
+    assert len(steps) == 1
+    with pytest.raises(Overloaded):
+        holder.lease(keys_of(8))
+    assert holder.leases.blocks == 0
+
+
+def test_a_process_may_end_while_digests_are_taken() -> None:
+    """Also where nobody closes the holder."""
+    program = (
+        "from tests.support.block_transfer import PooledHolder, keys_of, private_memory;"
+        "from worker.transfer.memory import BlockLayout;"
+        "from worker.transfer.holder import Holder;"
+        "memory = private_memory(192, BlockLayout(1 << 20)); cache = PooledHolder(memory); keys = keys_of(192);"
+        "cache.pin = lambda keys: list(range(len(keys)));"
+        "holder = Holder('holder', 1, memory, cache, max_leased_blocks=1000);"
+        "[holder.lease(keys) for _ in range(4)]"
+    )
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
