@@ -24,15 +24,16 @@ from router.trace_recorder import RecordedRequest
 logger = logging.getLogger(__name__)
 
 MAX_WORKERS_LOST = 3  # by one request
+WOULD_NOT = (grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.ALREADY_EXISTS)  # its queue is full; not yet forgotten
 STATUS_DETAILS = "grpc-status-details-bin"
 
 
 class WorkerLost(Unavailable):
-    """A worker went away while it served a request."""
+    """A worker went away while it served a request, or would not go on with what another began."""
 
-    def __init__(self, link: WorkerLink, delivered: int, details: str) -> None:
+    def __init__(self, link: WorkerLink, what: str, delivered: int, details: str) -> None:
         where = f"worker {link.info.worker_id} at {link.info.address}"
-        super().__init__(f"{where} went away after {delivered} chunks of the answer: {details}")
+        super().__init__(f"{where} {what} after {delivered} chunks of the answer: {details}")
 
 
 @dataclass(slots=True)
@@ -49,12 +50,16 @@ class Answer:
     # Of one that a prefill worker begins, whose chunks are read on their way.
     begun: bool = False
     tokens: bytearray = field(default_factory=bytearray)  # delivered ones, little-endian uint32
-    ticket: bytes = b""  # for the prompt's blocks
+    lender: str = ""  # who holds the prompt's blocks for whoever goes on ...
+    ticket: bytes = b""  # ... and shows this
+    refused_by: set[str] = field(default_factory=set)  # workers that would not go on
 
-    def begin(self) -> None:
-        """A prefill worker begins it: whoever goes on must sample as that one would have."""
+    def begin(self, room: int) -> None:
+        """A prefill worker begins it: whoever goes on must sample as that one would have, and end with the model's
+        length, of which `room` tokens are left, as all workers would."""
         self.begun = self.message.hold = True
         sampling = self.message.sampling
+        sampling.max_tokens = min(sampling.max_tokens or room, room)
         greedy = sampling.HasField("temperature") and sampling.temperature == 0.0
         if not greedy and not sampling.HasField("seed"):
             sampling.seed = secrets.randbits(64)
@@ -63,6 +68,10 @@ class Answer:
         """Another worker goes on with it."""
         self.message.hold = False
         self.message.answered = bytes(self.tokens)
+
+    def no_longer_lent(self) -> None:
+        """Whoever went on has pulled, or who lent is gone."""
+        self.lender, self.ticket = "", b""
 
     async def deliver(self, chunk: bytes) -> None:
         """Pass on a worker's chunk."""
@@ -117,16 +126,19 @@ class Answers:
         finally:
             self._ended(answer)
 
-    def sign(self, message: worker_pb2.WorkerGenerateRequest, decision: Decision) -> None:
-        """Let the decision's worker serve a request by its keys, and pull what it is to fetch from a peer."""
+    def sign(self, message: worker_pb2.WorkerGenerateRequest, decision: Decision, lent: bytes = b"") -> None:
+        """Let the decision's worker serve a request by its keys, and pull what was lent for it, or what it is to fetch
+        from a peer."""
         unix_ms = int(time.time() * 1000)
         ticket.sign_request(self._secret, message, decision.worker_id, decision.epoch, unix_ms)
-        message.pull_ticket = pull_ticket(self._secret, message, decision, self._router.fleet, unix_ms)
+        message.pull_ticket = lent or pull_ticket(self._secret, message, decision, self._router.fleet, unix_ms)
 
     async def _place(self, answer: Answer) -> Decision:
         """Who begins with it, or goes on."""
         if answer.delivered:
-            decision = self._router.hand_over(answer.route, time.monotonic(), lent=bool(answer.ticket))
+            decision = self._router.hand_over(
+                answer.route, time.monotonic(), answer.lender if answer.ticket else "", answer.refused_by
+            )
             self._dispatcher.changed()
             answer.go_on()
         else:
@@ -136,12 +148,11 @@ class Answers:
             if answer.seen is not None:
                 answer.seen.predicted_s = time.monotonic() + decision.predicted_ttft_s
             if decision.begins:
-                answer.begin()
+                card = self._router.card(answer.route.model)
+                answer.begin(card.max_model_len - answer.route.prompt_tokens)
             else:
                 answer.begun = answer.message.hold = False
-        self.sign(answer.message, decision)
-        if answer.ticket:
-            answer.message.pull_ticket = answer.ticket
+        self.sign(answer.message, decision, answer.ticket)
         return decision
 
     def _ended(self, answer: Answer) -> None:
@@ -164,7 +175,12 @@ class Answers:
         except grpc.aio.AioRpcError as error:
             if error.code() in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED):
                 self._router.set_unreachable(link.info.worker_id, link.info.epoch)
-                raise WorkerLost(link, answer.delivered, error.details() or "") from error
+                if link.info.worker_id == answer.lender:
+                    answer.no_longer_lent()
+                raise WorkerLost(link, "went away", answer.delivered, error.details() or "") from error
+            if answer.begun and answer.delivered and error.code() in WOULD_NOT:
+                answer.refused_by.add(link.info.worker_id)
+                raise WorkerLost(link, "would not go on", answer.delivered, error.details() or "") from error
             details = [(key, value) for key, value in error.trailing_metadata() or () if key == STATUS_DETAILS]
             await context.abort(error.code(), error.details() or "", tuple(details))
         finally:
@@ -172,7 +188,7 @@ class Answers:
         if not answer.message.hold:
             answer.ended = True
         elif not answer.delivered:
-            raise WorkerLost(link, 0, "it was to begin the answer and said nothing")
+            raise WorkerLost(link, "ended", 0, "it was to begin the answer")
 
     async def _first_chunk(self, answer: Answer, decision: Decision) -> None:
         """The worker has begun."""
@@ -180,7 +196,9 @@ class Answers:
         self._router.first_token(answer.route.request_id, now)
         self._dispatcher.changed()
         if answer.delivered:
+            answer.no_longer_lent()
             return
+        answer.lender = decision.worker_id if decision.begins else ""
         if answer.seen is not None:
             answer.seen.first_token_s = now
         await answer.context.send_initial_metadata(_metadata(decision))

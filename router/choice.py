@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -12,7 +12,7 @@ from radix.backend import native
 from rhizome.errors import Overloaded, Unavailable
 from router.candidates import Candidates
 from router.decision import Comparison, Decision, NobodyChosen, Overlap
-from router.disagg import LOCAL_PREFILL_S, Roles, can_pull, roles_of, to_go_on
+from router.disagg import LOCAL_PREFILL_S, Roles, roles_of, to_go_on
 from router.fleet import Fleet, Member, ModelCard, Role
 from router.index import Index
 from router.objective import Objective
@@ -115,13 +115,17 @@ class Choice:
 
     # What it means on each, and who is best.
 
-    def compare(self, request: RouteRequest, now: float, waited_s: float = 0.0) -> Comparison:
+    def compare(
+        self, request: RouteRequest, now: float, waited_s: float = 0.0, ahead_s: Floats | None = None
+    ) -> Comparison:
         """All candidates with their scores, and the chosen one.
 
-        `waited_s`: since its arrival. Raises NotServed, Unavailable, InvalidRequest, and Overloaded where all are full.
+        `waited_s`: since its arrival; `ahead_s`: work for each that goes before it and is not there yet. Raises
+        NotServed, Unavailable, InvalidRequest, and Overloaded where all are full.
         """
         policy = self.policy(request)
         rows, scores = self.scored(request, now, waited_s)
+        scores = scores if ahead_s is None else scores + ahead_s
         share = self._foreign_share() if policy.holds else 0.0  # its scores are seconds
         apart = share > ALONE
         if apart:
@@ -147,14 +151,25 @@ class Choice:
             )
         return rows, scores
 
-    def compare_to_go_on(self, request: RouteRequest, now: float, *, lent: bool) -> Comparison:
-        """Who may go on with an answer that was begun elsewhere, and who is best. `lent`: those that can pull get the
-        prompt's blocks from there; others compute it again. Raises NotServed, Unavailable, Overloaded."""
+    def compare_to_go_on(
+        self, request: RouteRequest, now: float, lender: str = "", without: Collection[str] = ()
+    ) -> Comparison:
+        """Who may go on with an answer that was begun elsewhere, and who is best, but for `without`. Those that have a
+        way to the `lender` get the prompt's blocks there; others compute it again.
+
+        Raises NotServed, Unavailable, Overloaded.
+        """
         able = self.able(request.model)
         rows = self._candidates(request, able, now)
-        scores = to_go_on(rows, can_pull(rows) if lent else np.zeros(len(rows), np.bool_))
+        names = [self._index.slot_names[slot] for slot in able.slots.tolist()]
+        pulls = np.zeros(len(rows), np.bool_)
+        if able.roles is not None and lender in names:
+            pulls = able.roles.pulls_from(names.index(lender))
+        scores = to_go_on(rows, pulls)
         if able.roles is not None:
             scores = able.roles.assign(rows, scores, splits=False, in_seconds=True, local_s=0.0)
+        if without:
+            rows.max_in_flight[np.isin(names, list(without))] = 0.0
         best = choose(rows, scores, lambda least: least)
         if best is None:
             raise _all_full(rows, self._index.slot_names)

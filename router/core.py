@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 import numpy as np
 
 from kv_events.view import WorkerView
@@ -216,7 +218,7 @@ class Router:
         """What route would decide; reserves nothing. Raises the same, Duplicate apart."""
         decision = self._choice.decision(request, self._choice.compare(request, now), 0.0)
         if decision.begins:
-            next_one = self._choice.compare_to_go_on(request, now, lent=True)
+            next_one = self._choice.compare_to_go_on(request, now, decision.worker_id)
             decision.goes_on = self._choice.decision(request, next_one, 0.0).worker_id
         return decision
 
@@ -225,15 +227,17 @@ class Router:
             return np.zeros((2, len(self.index.slot_names)))
         return self.index.match(request.hashes)
 
-    def hand_over(self, request: RouteRequest, now: float, *, lent: bool) -> Decision:
-        """The worker that began the request's answer has done its part, or is gone: choose who goes on, and move the
-        request's load there. `lent`: the prompt's blocks can be pulled from who began.
+    def hand_over(self, request: RouteRequest, now: float, lender: str = "", without: Collection[str] = ()) -> Decision:
+        """The worker that had the request has done its part, or is gone: choose who goes on, but for `without`, and
+        move the request's load there. The prompt's blocks can be pulled from the `lender`.
 
         Raises NotServed, Unavailable, Overloaded; then no load is left.
         """
         self.load.release(request.request_id, now)
-        comparison = self._choice.compare_to_go_on(request, now, lent=lent)
+        comparison = self._choice.compare_to_go_on(request, now, lender, without)
         decision = self._choice.decision(request, comparison, 0.0)
+        if lender and decision.fetched_tokens:
+            decision.fetch_from = lender
         self._reserve(request, comparison, decision, now)
         self._checked()
         return decision

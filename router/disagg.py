@@ -1,7 +1,7 @@
 """Prefill apart from decode: who may compute a prompt, and who goes on with its answer. Pure arithmetic over rows.
 
 A prefill worker answers the first token only, and lends the prompt's blocks to the worker that goes on. Decode workers
-compute what is short themselves, and everything while no prefill worker has room.
+compute what is short themselves, and what is long where that holds up others less than to wait for a prefill worker.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from router.table import Column, Floats
 
 LOCAL_PREFILL_S = 0.05  # a pause that those beside it hardly see: a decode step or two
 ANSWER_TOKENS = 200  # of an answer, about: so many steps of its decode worker matter to it
+HELD_UP = 4  # answers at least that a long prompt on a decode worker holds up: more may come meanwhile
+ONE_HOST = ("local", "shm")  # transports whose address begins with where they are
 
 Rows = NDArray[np.bool_]
 
@@ -27,32 +29,57 @@ Rows = NDArray[np.bool_]
 class Roles:
     """Of able workers, shape (workers,) each."""
 
-    prefill: Rows  # begins answers, and never goes on with one
-    decode: Rows  # goes on with answers, and begins them where that is short
+    prefill: Rows  # only begins answers
+    decode: Rows  # goes on with answers, and begins them where that is short or nobody else is soon free
+    lends: Rows  # begins answers, and some of `pulls` has a way to its blocks
+    pulls: Rows  # goes on, and has a way to blocks of some of `lends`
+    _ways: list[frozenset[str]]  # that differ
+    _kind: NDArray[np.intp]  # which of these each has
+
+    def pulls_from(self, row: int) -> Rows:
+        """Who can go on with what the worker of that row began, and take its blocks."""
+        from_there = np.array([not ways.isdisjoint(self._ways[self._kind[row]]) for ways in self._ways])
+        pulls: Rows = self.pulls & from_there[self._kind]
+        return pulls
 
     def assign(self, rows: Candidates, scores: Floats, *, splits: bool, in_seconds: bool, local_s: float) -> Floats:
         """The scores of who computes the prompt. Who must not has no room for it. `splits`: the answer may move."""
-        room = rows.in_flight < rows.max_in_flight
-        takers = ~self.prefill & can_pull(rows) & room
-        if not (splits and takers.any() and (self.prefill & room).any()):
+        free = np.maximum(rows.max_in_flight - rows.in_flight, 0.0)
+        takers = self.pulls & (free > 0)
+        to_come = rows.in_flight[self.prefill].sum()  # each will need a place
+        if not (splits and (self.lends & (free > 0)).any() and free[takers].sum() > to_come):
             return _without_room(rows, scores, self.prefill)
-        if in_seconds:  # until the second token can come
-            scores = scores + np.where(self.prefill, float(_pull_s(rows)[takers].min()), 0.0)
-        return _without_room(rows, scores, self.decode & (rows.prefill_s > local_s))
+        long, never = self.decode & (rows.prefill_s > local_s), self.prefill & ~self.lends
+        if not in_seconds or not local_s:
+            return _without_room(rows, scores, long | never)
+        second_s = float(_pull_s(rows)[takers].min())  # until the second token can come
+        held_up_s = rows.prefill_s * np.maximum(rows.decoding, HELD_UP)
+        scores = scores + np.where(self.prefill, second_s, 0.0) + np.where(long, held_up_s, 0.0)
+        return _without_room(rows, scores, never)
 
 
 def roles_of(workers: Sequence[WorkerInfo]) -> Roles | None:
-    """None where all are of role both."""
+    """None where nobody is of role prefill or decode."""
     if all(worker.role is Role.BOTH for worker in workers):
         return None
     prefill, decode = (np.array([worker.role is role for worker in workers]) for role in (Role.PREFILL, Role.DECODE))
-    return Roles(prefill, decode)
+    numbers: dict[frozenset[str], int] = {}
+    kind = np.array([numbers.setdefault(_ways(worker), len(numbers)) for worker in workers], np.intp)
+    ways = list(numbers)
+    pulls = ~prefill & np.array([worker.fetch_token_s > 0 for worker in workers])
+
+    def meets(others: Rows) -> Rows:
+        theirs = frozenset[str]().union(*(ways[at] for at in set(kind[others].tolist())))
+        met: Rows = np.array([not each.isdisjoint(theirs) for each in ways])[kind]
+        return met
+
+    return Roles(prefill, decode, prefill & meets(pulls), pulls & meets(prefill), ways, kind)
 
 
-def can_pull(rows: Candidates) -> Rows:
-    """Who can take blocks from others."""
-    can: Rows = rows.rows[Column.FETCH_TOKEN_S] > 0
-    return can
+def _ways(worker: WorkerInfo) -> frozenset[str]:
+    """Transports that it serves, and pulls by. Two workers have a way to each other's blocks if they share one."""
+    offers = (offer.partition("://") for offer in worker.transfer_offers)
+    return frozenset(f"{name}://{at.partition('/')[0]}" if name in ONE_HOST else name for name, _, at in offers)
 
 
 def to_go_on(rows: Candidates, pulls: Rows) -> Floats:

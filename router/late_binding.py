@@ -7,13 +7,13 @@ from collections.abc import Callable
 import numpy as np
 
 from rhizome.errors import Overloaded, RhizomeError
-from router.choice import Choice
+from router.choice import Able, Choice
 from router.decision import Comparison, Decision
 from router.holding import HOLD_S, STALE_S, STALL_S, Held, Holding
 from router.objective import Objective
 from router.prediction import Predicted, queues_s
 from router.request import RouteRequest
-from router.table import Column, Slots, WorkerTable
+from router.table import Column, WorkerTable
 
 Place = Callable[[RouteRequest, Comparison, float, float], Decision]
 """Reserves the load of a request that was compared, at a time, having been held for so long. Raises Overloaded."""
@@ -54,39 +54,44 @@ class LateBinding:
         gone: list[tuple[str, Decision | RhizomeError]] = []
         for model in self._holding.models():
             try:
-                slots = self._choice.able(model).slots
+                able = self._choice.able(model)
             except RhizomeError as error:
                 gone += [(held.request.request_id, error) for held in self._holding.in_order(model, now)]
             else:
-                gone += self._dispatch(model, slots, now)
+                gone += self._dispatch(model, able, now)
         for request_id, _ in gone:
             self._holding.let_go(request_id, now)
         return gone
 
-    def _dispatch(self, model: str, slots: Slots, now: float) -> list[tuple[str, Decision | RhizomeError]]:
+    def _dispatch(self, model: str, able: Able, now: float) -> list[tuple[str, Decision | RhizomeError]]:
         """One after the other in order of rank: each counts on the worker that is best for it once those before it have
         been served there, and goes if that one is nearly free now."""
         gone: list[tuple[str, Decision | RhizomeError]] = []
-        queue_s = queues_s(self._table.values, slots, now)
+        queue_s = queues_s(self._table.values, able.slots, now)
+        # With roles some workers are idle beside a queue: they help where those before a request make that better.
+        ahead_s = None if able.roles is None else np.zeros(len(able.slots))
         stalled = now - self._holding.moved_at > STALL_S
         if queue_s.min() > HOLD_S and not stalled:
             return gone
         for held in self._holding.in_order(model, now):
             if queue_s.min() > HOLD_S and not stalled:
                 break
-            if len(held.own) != len(slots) or now - held.compared_at > STALE_S:
+            if len(held.own) != len(able.slots) or now - held.compared_at > STALE_S:
                 self._compare_again(held, now)
-            best = int(np.argmin(held.own + queue_s))
+            best, placed = int(np.argmin(held.own + queue_s)), False
             if queue_s[best] <= HOLD_S or stalled:
                 try:
-                    comparison = self._choice.compare(held.request, now, now - held.since)
-                    if stalled or _nearly_free(comparison):
+                    comparison = self._choice.compare(held.request, now, now - held.since, ahead_s)
+                    placed = stalled or _nearly_free(comparison)
+                    if placed:
                         decision = self._place(held.request, comparison, now, now - held.since)
                         gone.append((held.request.request_id, decision))
                         best, stalled = comparison.chosen, False
                 except Overloaded:  # all workers are full, or the router is
                     break
             queue_s[best] += held.rows.prefill_s[best]
+            if ahead_s is not None and not placed:
+                ahead_s[best] += held.rows.prefill_s[best]
         return gone
 
     def _compare_again(self, held: Held, now: float) -> None:

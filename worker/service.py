@@ -127,7 +127,8 @@ class WorkerService:
         answered = _answered(request, model.vocab_size, model.max_model_len - prompt_tokens)
         hasher, keys = self._own_hasher, None
         identity = self._identity
-        if ticket.has_valid_ticket(identity.secret, request, identity.worker_id, identity.epoch, self._wall_ms()):
+        signed = ticket.has_valid_ticket(identity.secret, request, identity.worker_id, identity.epoch, self._wall_ms())
+        if signed:
             if len(request.salt) != SALT_BYTES:
                 raise InvalidRequest("salt", len(request.salt), f"{SALT_BYTES} bytes")
             full_blocks = prompt_tokens // model.block_size
@@ -149,7 +150,7 @@ class WorkerService:
             answered_cached_tokens=request.answered_cached_tokens
             if request.HasField("answered_cached_tokens")
             else None,
-            hold=request.hold,
+            hold=request.hold and (signed or not identity.secret),  # it keeps blocks from others
         )
 
     def _chunk(self, output: Output, *, first: bool) -> generation_pb2.GenerateChunk:

@@ -147,6 +147,13 @@ class WorkerGroup(_Part):
     """For KV blocks from and for other workers, the best first; default: the worker's."""
     resources: Resources = Resources()
 
+    @model_validator(mode="after")
+    def _ways(self) -> WorkerGroup:
+        for name in self.transports:
+            if self.transports.count(name) > 1:
+                raise ValueError(f"transports names {name} twice")
+        return self
+
     @model_validator(mode="before")
     @classmethod
     def _named(cls, given: object) -> object:

@@ -81,8 +81,9 @@ class SplitFleet(Fleet):
     def _hand_over(self, number: int, lent: Sequence[int]) -> None:
         """The router has the first token, and chooses who goes on."""
         outcome, replica = self.outcomes[number], self._replica_of(number)
+        lender = f"worker-{outcome.begun_by}" if lent else ""
         try:
-            decision = replica.router.hand_over(self._request(number), self.now, lent=bool(lent))
+            decision = replica.router.hand_over(self._request(number), self.now, lender)
         except RhizomeError:
             self._give_back(outcome.begun_by, lent)
             self._refuse(number)

@@ -50,6 +50,7 @@ def _request_mac(secret: bytes, request: worker_pb2.WorkerGenerateRequest) -> by
         request.token_ids,
         request.salt,
         request.block_keys,
+        b"hold" if request.hold else b"",
     )
 
 

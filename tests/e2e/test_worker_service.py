@@ -352,6 +352,26 @@ def test_keys_count_only_under_a_valid_ticket(tiny_model: Path, monkeypatch: pyt
     with_worker(tiny_model, test)
 
 
+def test_blocks_are_held_for_routers_only(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To hold is asked for under a ticket; else the whole answer comes, and nothing is kept."""
+    monkeypatch.setenv(ticket.SECRET_VARIABLE, SECRET.decode())
+
+    async def test(served: Worker) -> None:
+        message = request(list(range(40)), max_tokens=4)
+        message.hold = True
+        chunks = await served.chunks(message)
+        assert len(chunks) == 4
+        assert not any(chunk.transfer_ticket for chunk in chunks)
+        epoch = (await served.status()).epoch
+        message.salt = derive_salt("tiny")
+        message.block_keys = BlockHasher(16, message.salt, SECRET).keys(np.arange(40, dtype=np.uint32)).tobytes()
+        ticket.sign_request(SECRET, message, "worker-0", epoch, int(time.time() * 1000))
+        (only,) = await served.chunks(message)
+        assert only.transfer_ticket
+
+    with_worker(tiny_model, test)
+
+
 def test_health_reflection_and_the_tokenizer_are_served(tiny_model: Path) -> None:
     """Standard probes work, and a router gets the tokenizer's files whole."""
 

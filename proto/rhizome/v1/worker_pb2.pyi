@@ -58,7 +58,7 @@ class WorkerGenerateRequest(_message.Message):
     """of the prompt, by whoever began the answer; [found here]"""
     hold: _builtins.bool
     """Only the prompt and the first token: the worker keeps the prompt's full blocks for a while for whoever shows the
-    ticket that comes with the chunk (GenerateChunk.transfer_ticket). n must be 1.
+    ticket that comes with the chunk (GenerateChunk.transfer_ticket). n must be 1. Counts only under a valid ticket.
     """
     @_builtins.property
     def sampling(self) -> _generation_pb2.SamplingParams: ...

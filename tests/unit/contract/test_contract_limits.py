@@ -34,13 +34,15 @@ def test_a_long_value_is_cut_in_the_message() -> None:
     assert len(str(caught.value)) < 200
 
 
-@pytest.mark.parametrize("field", ["token_ids", "salt", "block_keys"])
-def test_a_ticket_covers_all_that_decides_what_is_reused(field: str) -> None:
-    """Another prompt, salt or key under the same ticket is refused."""
+@pytest.mark.parametrize(
+    ("field", "value"), [("token_ids", b"other"), ("salt", b"other"), ("block_keys", b"other"), ("hold", True)]
+)
+def test_a_ticket_covers_all_that_decides_what_is_reused_and_kept(field: str, value: object) -> None:
+    """Another prompt, salt or key under the same ticket is refused, and to hold what was not to be held."""
     request = worker_pb2.WorkerGenerateRequest(token_ids=b"1234", salt=b"s", block_keys=b"k")
     ticket.sign_request(SECRET, request, "w", 7, unix_ms=1000)
     assert ticket.has_valid_ticket(SECRET, request, "w", 7, unix_ms=1000 + ticket.TICKET_LIFETIME_MS)
-    setattr(request, field, b"other")
+    setattr(request, field, value)
     with pytest.raises(Denied, match="signature"):
         ticket.has_valid_ticket(SECRET, request, "w", 7, unix_ms=1000)
 

@@ -58,7 +58,7 @@ def test_a_long_prompt_begins_at_a_prefill_worker_and_goes_on_at_a_decode_worker
     assert (begun.worker_id, begun.begins) == ("p", True)
     assert router.load.of("p").own_prefill_tokens > 0
     router.first_token("r", 2.0)
-    going_on = router.hand_over(asked, 2.0, lent=True)
+    going_on = router.hand_over(asked, 2.0, "p")
     assert (going_on.worker_id, going_on.begins, going_on.fetched_tokens) == ("d1", False, 412 * SIZE)
     assert going_on.cached_tokens == 512 * SIZE
     assert router.load.of("p").sequences == 0
@@ -75,7 +75,7 @@ def test_answers_are_spread_over_decode_workers() -> None:
     for number in range(4):
         asked = request(f"r{number}")
         assert router.route(asked, 1.0).begins
-        chosen.append(router.hand_over(asked, 1.0, lent=True).worker_id)
+        chosen.append(router.hand_over(asked, 1.0, "p").worker_id)
     assert sorted(chosen) == ["d0", "d0", "d1", "d1"]
 
 
@@ -105,7 +105,7 @@ def test_what_cannot_move_is_not_begun_elsewhere(fields: dict[str, object]) -> N
 
 def test_without_room_to_prefill_decode_workers_do_it_and_the_other_way_nobody() -> None:
     """Decode workers compute while the prefill workers are full; full decode workers are a full fleet."""
-    router = fleet()
+    router = fleet(local_prefill_s=0.0)
     for number in range(8):
         assert router.route(request(f"p{number}"), 1.0).worker_id == "p"
     for number in range(16):
@@ -116,6 +116,76 @@ def test_without_room_to_prefill_decode_workers_do_it_and_the_other_way_nobody()
         router.finish(f"p{number}", 2.0)
     with pytest.raises(Overloaded):  # a prefill worker alone answers nothing
         router.route(request("more"), 1.0)
+
+
+def test_no_more_is_begun_than_there_are_places_to_go_on() -> None:
+    """Two decode workers have three places left: three answers begin at the prefill worker, each of which gets one."""
+    router = fleet(local_prefill_s=0.0)
+    whole = [request(f"w{number}", streamed=False) for number in range(13)]
+    for asked in whole:
+        assert router.route(asked, 1.0).worker_id in ("d0", "d1")
+    begun = [request(f"r{number}") for number in range(3)]
+    for asked in begun:
+        assert router.route(asked, 1.0).begins
+    fourth = request("fourth")
+    assert not router.route(fourth, 1.0).begins  # it takes a place
+    router.finish("fourth", 1.0)
+    for asked in begun:
+        router.hand_over(asked, 1.0, "p")
+
+
+def test_decode_workers_help_where_the_prefill_workers_are_behind() -> None:
+    """To wait would take longer than to hold up some answers; without --local-prefill-ms they never do."""
+    for local_prefill_s, helped in ((0.05, True), (0.0, False)):
+        router = fleet(local_prefill_s=local_prefill_s)
+        chosen = [router.route(request(f"r{number}"), 1.0).worker_id for number in range(8)]
+        assert chosen[0] == "p"
+        assert (set(chosen) > {"p"}) == helped
+
+
+def test_held_requests_do_not_wait_beside_idle_decode_workers() -> None:
+    """Late binding: of many long prompts at once some go to decode workers, though the queue there is in the router."""
+    router = fleet()
+    placed = [router.submit(request(f"r{number}"), 1.0) for number in range(40)]
+    went = [decision.worker_id for decision in placed if decision]
+    for _, decision in router.dispatch(1.01):
+        assert not isinstance(decision, Exception)
+        went.append(decision.worker_id)
+    assert {"d0", "d1"} < set(went)
+    assert router.held
+    for number in range(40):
+        router.finish(f"r{number}", 2.0)
+
+
+WAYS = {
+    "transports": (("shm://host-a/1", "tcp://h:1"), ("shm://host-a/2",), ("tcp://h:2",), ("d0", "d1")),
+    "hosts": (("shm://host-a/1",), ("shm://host-a/2",), ("shm://host-b/2",), ("d0",)),
+    "none": (("local://a/1",), ("local://b/1",), ("shm://a/1", "grpc://h:1"), ()),
+}
+
+
+@pytest.mark.parametrize(("begins", "first", "second", "able"), WAYS.values(), ids=WAYS)
+def test_only_who_has_a_way_to_the_blocks_counts_on_them(
+    begins: tuple[str, ...], first: tuple[str, ...], second: tuple[str, ...], able: tuple[str, ...]
+) -> None:
+    """A transport that both have, on the same host where that is needed; without any nothing is begun."""
+    router = router_with(
+        info("p", Role.PREFILL, transfer_offers=begins),
+        info("d0", Role.DECODE, transfer_offers=first),
+        info("d1", Role.DECODE, transfer_offers=second),
+        local_prefill_s=0.0,
+    )
+    asked = request()
+    assert router.route(asked, 1.0).begins == bool(able)
+    for decoder in able:
+        others = {"d0", "d1"} - {decoder}
+        decision = router.hand_over(asked, 1.0, "p", without=others)
+        assert (decision.worker_id, decision.fetched_tokens, decision.fetch_from) == (decoder, 512 * SIZE, "p")
+    if len(able) < 2:
+        assert router.hand_over(asked, 1.0, "p", without=able).fetched_tokens == 0
+    with pytest.raises(Overloaded):
+        router.hand_over(asked, 1.0, "p", without=("d0", "d1"))
+    router.finish("r", 2.0)
 
 
 def test_a_prefill_worker_whose_blocks_nobody_could_pull_begins_nothing() -> None:
@@ -139,7 +209,7 @@ def test_a_worker_of_both_roles_takes_part_in_both() -> None:
     other = request("other", blocks=512)
     other = replace(other, hashes=BLOCKS + np.uint64(10_000))
     assert router.route(other, 1.0).worker_id == "p"  # the other one has the first request to compute
-    assert router.hand_over(other, 1.0, lent=True).worker_id == "b"
+    assert router.hand_over(other, 1.0, "p").worker_id == "b"
 
 
 def test_who_began_is_gone_and_nothing_is_lent() -> None:
@@ -148,11 +218,11 @@ def test_who_began_is_gone_and_nothing_is_lent() -> None:
     asked = request()
     router.route(asked, 1.0)
     router.deregister("p", 1)
-    decision = router.hand_over(asked, 1.0, lent=False)
+    decision = router.hand_over(asked, 1.0)
     assert (decision.cached_tokens, decision.fetched_tokens) == (0, 0)
     lent = fleet()
     lent.route(asked, 1.0)
-    assert decision.predicted_ttft_s > lent.hand_over(asked, 1.0, lent=True).predicted_ttft_s
+    assert decision.predicted_ttft_s > lent.hand_over(asked, 1.0, "p").predicted_ttft_s
     assert router.load.of(decision.worker_id).own_prefill_tokens == asked.prompt_tokens
 
 
@@ -188,7 +258,7 @@ def test_whatever_the_fleet_each_part_goes_where_it_may(
         assert streamed or not decision.begins
         if decision.begins:
             router.first_token(asked.request_id, float(number))
-            on = router.hand_over(asked, float(number), lent=data.draw(st.booleans()))
+            on = router.hand_over(asked, float(number), data.draw(st.sampled_from(["", decision.worker_id])))
             assert workers[on.worker_id].role is not Role.PREFILL
         elif streamed and not allowed and Role.PREFILL in roles:
             assert role is Role.BOTH  # prefill workers have room for all
