@@ -78,7 +78,8 @@ class Holder:
         self._to_seal: deque[Lease] = deque()  # as many as there may be leases
         self._sealer: Thread | None = None  # while there is something to seal
         self._seal_step = batch_blocks_of(memory.layout, How.IN_STREAM)
-        self.leases = Leases(max(1, memory.num_blocks // 2) if max_leased_blocks is None else max_leased_blocks, clock)
+        most = max(1, memory.num_blocks // 2) if max_leased_blocks is None else max_leased_blocks
+        self.leases = Leases(most, memory.generations, clock)
 
     def lease(self, keys: Sequence[bytes], ttl_s: float = MAX_LEASE_S) -> bytes:
         """Pin the longest held beginning of a chain of blocks, and sign a ticket for it.
@@ -166,8 +167,7 @@ class Holder:
 
     def _revoke(self, leases: Sequence[Lease]) -> int:
         for lease in leases:
-            # First the generations, then the blocks: who reads the memory sees by them that its lease ended.
-            self.memory.generations[lease.blocks] += 1
+            # Their generations have grown: who reads the memory sees by them that its lease ended.
             self._cache.unpin(lease.blocks)
         with self._lock:
             self.counts.expired += len(leases)
@@ -212,7 +212,7 @@ class Holder:
 
     def _lease(self, lease_id: bytes, keys: Sequence[bytes], blocks: Sequence[int], ttl_s: float) -> Lease:
         ends_at = self._clock() + min(ttl_s, MAX_LEASE_S)
-        return Lease(lease_id, list(keys), list(blocks), self.memory.generations[blocks].tolist(), ends_at)
+        return Lease(lease_id, list(keys), list(blocks), ends_at)
 
     def _ticket(self, lease: Lease, ttl_s: float) -> bytes:
         self._seal_soon(lease)

@@ -44,14 +44,14 @@ class LeasesAsModelled(RuleBasedStateMachine):
             wall_clock=lambda: self.now,
         )
         self.tickets: list[bytes] = []
-        self.live: dict[bytes, tuple[int, float]] = {}  # lease -> blocks, end
+        self.live: dict[bytes, tuple[range, float]] = {}  # lease -> blocks by key, end
         self.revoked = 0
 
     @rule(count=st.integers(1, 10), ttl_s=st.sampled_from([1.0, 5.0, 500.0]))
     def lease(self, count: int, ttl_s: float) -> None:
         """For the first keys, of which it holds eight."""
         self._drop_ended()
-        room = MAX_BLOCKS - sum(blocks for blocks, _ in self.live.values())
+        room = MAX_BLOCKS - self._leased()
         try:
             ticket = self.holder.lease([*KEYS, *keys_of(2, "x")][:count], ttl_s)
         except Overloaded:
@@ -60,7 +60,7 @@ class LeasesAsModelled(RuleBasedStateMachine):
         told = read_signed(b"", ticket, 0)
         assert len(told) == min(count, 8, room)
         self.tickets.append(ticket)
-        self.live[told.lease_id] = (len(told), self.now + min(ttl_s, 60.0))
+        self.live[told.lease_id] = (range(len(told)), self.now + min(ttl_s, 60.0))
 
     @rule(first=st.integers(0, 7), count=st.integers(1, 10))
     def make_ticket(self, first: int, count: int) -> None:
@@ -82,11 +82,13 @@ class LeasesAsModelled(RuleBasedStateMachine):
         )
         granted = answer[4] == 129
         expired = 1000 * self.now >= told.expires_unix_ms
-        room = MAX_BLOCKS - sum(blocks for blocks, _ in self.live.values())
+        room = MAX_BLOCKS - self._leased()
         held = sum(1 for _ in takewhile(KEYS.__contains__, told.key_list()))
         assert granted == (not expired and (told.lease_id in self.live or (room > 0 and held > 0)))
         if granted and told.lease_id not in self.live:
-            self.live[told.lease_id] = (min(held, room), min(told.expires_unix_ms / 1000, self.now + 60))
+            first = KEYS.index(told.keys[:16])
+            blocks = range(first, first + min(held, room))
+            self.live[told.lease_id] = (blocks, min(told.expires_unix_ms / 1000, self.now + 60))
 
     @precondition(lambda self: self.live)
     @rule(data=st.data())
@@ -106,22 +108,28 @@ class LeasesAsModelled(RuleBasedStateMachine):
 
     @invariant()
     def pinned_is_what_is_leased(self) -> None:
-        """When it is looked at, what ended is free; and a block that was taken back has another generation."""
+        """When it is looked at, what ended is free; and a block that was taken back has another generation, while those
+        that another lease is on have the one that it knows."""
         self._drop_ended()
         self.holder.expire()
         assert len(self.holder.leases) == len(self.live)
-        leased = sum(blocks for blocks, _ in self.live.values())
+        leased = self._leased()
         assert self.holder.leases.blocks == leased <= MAX_BLOCKS
         assert int(self.memory.generations.sum()) == self.revoked
+        for lease in map(self.holder.leases.get, self.live):
+            assert lease is not None
+            assert self.memory.generations[lease.blocks].tolist() == lease.generations
         self.cache.pool.check()
         assert self.cache.pinned <= leased
         assert bool(self.cache.pinned) == bool(leased)
 
+    def _leased(self) -> int:
+        return sum(len(blocks) for blocks, _ in self.live.values())
+
     def _drop_ended(self) -> None:
-        for lease_id, (blocks, end) in list(self.live.items()):
-            if end <= self.now:
-                del self.live[lease_id]
-                self.revoked += blocks
+        ended = [self.live.pop(lease_id)[0] for lease_id, (_, end) in list(self.live.items()) if end <= self.now]
+        taken_back = {block for blocks in ended for block in blocks}
+        self.revoked += len(taken_back.difference(*(blocks for blocks, _ in self.live.values())))
 
 
 LeasesAsModelled.TestCase.settings = settings(max_examples=40, stateful_step_count=30, deadline=None)
@@ -137,6 +145,24 @@ def test_a_cache_is_pinned_by_nobodys_ticket() -> None:
         holder.lease(KEYS)
     assert holder.leases.blocks == 0
     cache.check()
+
+
+def test_a_lease_that_ends_leaves_blocks_to_those_who_read_them_under_another() -> None:
+    """Who reads the memory sees its own lease as it was; when the last one has ended, it sees that, too."""
+    now, memory = 0.0, private_memory(8)
+    cache = PooledHolder(memory)
+    cache.store(KEYS[:4])
+    holder = Holder("holder", 1, memory, cache, max_leased_blocks=100, clock=lambda: now)
+    holder.lease(KEYS[:4], ttl_s=1.0)
+    other = holder.leases.get(read_signed(b"", holder.lease(KEYS[:2], ttl_s=9.0), 0).lease_id)
+    assert other is not None
+    now = 2.0
+    assert holder.expire() == 1
+    assert memory.generations[other.blocks].tolist() == other.generations
+    assert memory.generations.sum() == 2  # of the blocks that nobody else reads
+    now = 10.0
+    assert holder.expire() == 1
+    assert memory.generations[other.blocks].tolist() != other.generations
 
 
 LARGE = BlockLayout(1 << 20)  # four in a step of sealing
