@@ -171,7 +171,8 @@ def router(
         float,
         typer.Option(
             min=0,
-            help="a decode worker computes prompts itself that take it no longer; the rest goes to prefill workers",
+            help="decode workers compute prompts themselves that take no longer, and others where prefill workers are far "
+            "behind; 0: none while a prefill worker has room",
         ),
     ] = 50.0,
     record_trace: Annotated[

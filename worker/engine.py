@@ -111,8 +111,9 @@ def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineSt
 
 
 Lend: TypeAlias = Callable[[AnySequence[bytes], AnySequence[int]], bytes]
-"""Pinned blocks and their keys to a ticket for whoever goes on with a request. Raises Overloaded: they were not taken
-over then. Called on the engine's thread; whoever gives it unpins the blocks one day."""
+"""Pinned blocks and their keys to a ticket for whoever goes on with a request, for all of them or the leading ones.
+Raises Overloaded: none was taken over then. Called on the engine's thread; whoever gives it unpins the blocks one day,
+those that the ticket leaves out, too."""
 
 
 @dataclass(slots=True)

@@ -117,7 +117,7 @@ class Routers(_Part):
     """Of the first, the others have the next ones; 0: free ones."""
     policy: Annotated[str, _collected(_policy)] = "predicted-ttft"
     local_prefill_ms: Annotated[float | None, Field(ge=0, le=60_000)] = None
-    """Decode workers compute prompts themselves that take them no longer; default: the router's."""
+    """Decode workers compute prompts themselves that take no longer; default: the router's (see its --help)."""
     resources: Resources = Resources()
 
     @model_validator(mode="after")

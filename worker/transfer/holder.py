@@ -89,16 +89,16 @@ class Holder:
         return self._ticket(self._grant(os.urandom(LEASE_ID_BYTES), keys, ttl_s), ttl_s)
 
     def lend(self, keys: Sequence[bytes], blocks: Sequence[int], ttl_s: float = HAND_OVER_S) -> bytes:
-        """The same for as many blocks as keys, which the cache's owner has pinned: unpinned when the lease ends.
+        """The same for as many blocks as keys, which the cache's owner has pinned: for the leading ones, as many as
+        there is room for. They are unpinned when the lease ends, the others at once.
 
-        Asks the cache for nothing. Raises Overloaded; then the blocks are the caller's to unpin.
+        Asks the cache for nothing. Raises Overloaded where there is no room at all; then all are the caller's to unpin.
         """
-        self.expire()
-        lease = self._lease(os.urandom(LEASE_ID_BYTES), keys, blocks, ttl_s)
-        if self.leases.add(lease) is None:
-            raise Overloaded(f"{self.leases.blocks} blocks are leased: at most {self.leases.max_blocks}")
-        with self._lock:
-            self.counts.leases += 1
+        count = min(self._room(), len(blocks))
+        lease = self._lease(os.urandom(LEASE_ID_BYTES), keys[:count], blocks[:count], ttl_s)
+        self._enter(lease)
+        if count < len(blocks):
+            self._cache.unpin(blocks[count:])
         return self._ticket(lease, ttl_s)
 
     def serve(self, payload: bytes) -> Iterator[Pieces]:
@@ -192,23 +192,38 @@ class Holder:
         return self._grant(ticket.lease_id, ticket.key_list(), left_s)
 
     def _grant(self, lease_id: bytes, keys: Sequence[bytes], ttl_s: float) -> Lease:
+        keys = keys[: self._room()]
+        blocks = self._cache.pin(keys)
+        if not blocks:
+            raise NotServed(f"{self.worker_id} holds none of these blocks")
+        lease, entered = self._lease(lease_id, keys[: len(blocks)], blocks, ttl_s), None
+        try:
+            entered = self._enter(lease)
+        finally:
+            if entered is not lease:
+                self._cache.unpin(blocks)
+        return entered
+
+    def _room(self) -> int:
+        """How many blocks may be leased now, 1 or more. Raises Overloaded."""
         self.expire()
         room = self.leases.room
         if room == 0:
-            raise Overloaded(f"{self.leases.blocks} blocks are leased: at most {self.leases.max_blocks}")
-        blocks = self._cache.pin(keys[:room])
-        if not blocks:
-            raise NotServed(f"{self.worker_id} holds none of these blocks")
-        lease = self._lease(lease_id, keys[: len(blocks)], blocks, ttl_s)
+            raise self._full()
+        return room
+
+    def _enter(self, lease: Lease) -> Lease:
+        """The lease that counts: another that has its id and was there before. Raises Overloaded."""
         entered = self.leases.add(lease)
-        if entered is not lease:
-            self._cache.unpin(blocks)
-            if entered is None:
-                raise Overloaded(f"{self.leases.blocks} blocks are leased: at most {self.leases.max_blocks}")
-            return entered
-        with self._lock:
-            self.counts.leases += 1
-        return lease
+        if entered is None:
+            raise self._full()
+        if entered is lease:
+            with self._lock:
+                self.counts.leases += 1
+        return entered
+
+    def _full(self) -> Overloaded:
+        return Overloaded(f"{self.leases.blocks} blocks are leased: at most {self.leases.max_blocks}")
 
     def _lease(self, lease_id: bytes, keys: Sequence[bytes], blocks: Sequence[int], ttl_s: float) -> Lease:
         ends_at = self._clock() + min(ttl_s, MAX_LEASE_S)
