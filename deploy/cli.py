@@ -171,8 +171,8 @@ def router(
         float,
         typer.Option(
             min=0,
-            help="decode workers compute prompts themselves that take no longer, and others where prefill workers are far "
-            "behind; 0: none while a prefill worker has room",
+            help="decode workers compute prompts themselves that take no longer, and others where prefill workers are "
+            "far behind; 0: none while a prefill worker has room",
         ),
     ] = 50.0,
     record_trace: Annotated[

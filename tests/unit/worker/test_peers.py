@@ -266,6 +266,21 @@ def test_one_prefills_and_another_decodes(known: int) -> None:
         assert transfers.pulled_blocks == 10 - known // CONFIG.block_size
 
 
+def test_of_a_prompt_that_is_too_much_to_lend_the_beginning_travels() -> None:
+    """As much as there is room for, once and again; where there is none, all is computed, and nothing is kept."""
+    with two() as (a, b):
+        a.thread.engine.lend = a.holder.lend
+        a.holder.leases.max_blocks = 8
+        first, ticket = hand_over(a, prompt("r"))
+        _, second = hand_over(a, prompt("s", [*PROMPT[:4], *[9] * 30]))
+        assert a.status().blocks_in_use == a.holder.leases.blocks == 8
+        assert second == b""
+        rest = prompt("r", answered=first)
+        asyncio.run(b.peers.fetch(rest, ticket))
+        assert [*first, *b.answer(rest)] == expected()
+        assert (b.status().transfers.pulled_blocks, b.status().transfers.pulls_short) == (8, 0)
+
+
 def test_pulls_that_wait_for_their_turn_all_come() -> None:
     """More at once than there are threads for."""
     gate = Gate()
