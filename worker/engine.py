@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from collections.abc import Callable
 from collections.abc import Sequence as AnySequence
@@ -16,6 +17,8 @@ from worker.cached_block import CachedBlock
 from worker.plan import ModelRunner, SampledToken
 from worker.scheduler import Scheduled, Scheduler, SchedulerConfig
 from worker.sequence import EngineRequest, Sequence
+
+_log = logging.getLogger(__name__)
 
 PROGRESS_KEPT = 4096  # first tokens and endings remembered for status reports
 
@@ -112,8 +115,8 @@ def status_of(scheduler: Scheduler, times: StepTimes, log: EventLog) -> EngineSt
 
 Lend: TypeAlias = Callable[[AnySequence[bytes], AnySequence[int]], bytes]
 """Pinned blocks and their keys to a ticket for whoever goes on with a request, for all of them or the leading ones.
-Raises Overloaded: none was taken over then. Called on the engine's thread; whoever gives it unpins the blocks one day,
-those that the ticket leaves out, too."""
+Raises Overloaded where there is no room; whatever it raises, none was taken over then. Called on the engine's thread;
+whoever gives a ticket unpins the blocks one day, those that it leaves out, too."""
 
 
 @dataclass(slots=True)
@@ -323,7 +326,9 @@ class Engine:
         blocks = self.pin(keys)
         try:
             return self.lend(keys[: len(blocks)], blocks) if blocks else b""
-        except Overloaded:
+        except Exception as error:
+            if not isinstance(error, Overloaded):  # a defect, which is no reason to fail the step, and all in it
+                _log.exception("the blocks of request %s could not be lent", sequence.request.request_id)
             self.scheduler.claims.unpin(blocks)
             return b""
 

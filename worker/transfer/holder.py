@@ -13,7 +13,7 @@ from typing import TypeAlias
 import numpy as np
 
 from rhizome.errors import Conflict, Denied, NotServed, Overloaded, RhizomeError
-from rhizome.transfer_ticket import LEASE_ID_BYTES, TransferTicket, read_signed, sign
+from rhizome.transfer_ticket import LEASE_ID_BYTES, MAX_KEYS, TransferTicket, read_signed, sign
 from worker.transfer.digests import bound
 from worker.transfer.errors import Refused
 from worker.transfer.leases import MAX_LEASE_S, BlockHolder, Lease, Leases
@@ -86,20 +86,30 @@ class Holder:
 
         Raises NotServed if not even the first is held, Overloaded where too much is leased.
         """
-        return self._ticket(self._grant(os.urandom(LEASE_ID_BYTES), keys, ttl_s), ttl_s)
+        lease = self._grant(os.urandom(LEASE_ID_BYTES), keys, ttl_s)
+        try:
+            ticket = self._ticket(lease, ttl_s)
+        except BaseException:
+            self.release(lease.lease_id)
+            raise
+        self._seal_soon(lease)
+        return ticket
 
     def lend(self, keys: Sequence[bytes], blocks: Sequence[int], ttl_s: float = HAND_OVER_S) -> bytes:
         """The same for as many blocks as keys, which the cache's owner has pinned: for the leading ones, as many as
         there is room for. They are unpinned when the lease ends, the others at once.
 
-        Asks the cache for nothing. Raises Overloaded where there is no room at all; then all are the caller's to unpin.
+        Asks the cache for nothing. Raises Overloaded where there is no room at all. Whatever it raises, nothing is
+        leased then, and all blocks are the caller's to unpin.
         """
         count = min(self._room(), len(blocks))
         lease = self._lease(os.urandom(LEASE_ID_BYTES), keys[:count], blocks[:count], ttl_s)
+        ticket = self._ticket(lease, ttl_s)
         self._enter(lease)
+        self._seal_soon(lease)
         if count < len(blocks):
             self._cache.unpin(blocks[count:])
-        return self._ticket(lease, ttl_s)
+        return ticket
 
     def serve(self, payload: bytes) -> Iterator[Pieces]:
         """Answer a PULL's payload: what is to be sent, in order, as soon as it is ready. A refusal is an answer.
@@ -205,9 +215,9 @@ class Holder:
         return entered
 
     def _room(self) -> int:
-        """How many blocks may be leased now, 1 or more. Raises Overloaded."""
+        """How many blocks may be leased now, 1 or more, and what a ticket holds at most. Raises Overloaded."""
         self.expire()
-        room = self.leases.room
+        room = min(self.leases.room, MAX_KEYS)
         if room == 0:
             raise self._full()
         return room
@@ -230,7 +240,6 @@ class Holder:
         return Lease(lease_id, list(keys), list(blocks), ends_at)
 
     def _ticket(self, lease: Lease, ttl_s: float) -> bytes:
-        self._seal_soon(lease)
         expires_unix_ms = int((self._wall_clock() + min(ttl_s, MAX_LEASE_S)) * 1000)
         held = b"".join(lease.keys)
         ticket = TransferTicket(self.worker_id, self.epoch, expires_unix_ms, held, self.offers, lease.lease_id)

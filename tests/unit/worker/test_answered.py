@@ -135,6 +135,27 @@ def test_an_answer_that_ends_at_once_lends_nothing() -> None:
         engine.add(request("r", PROMPT, replace(GREEDY, n=2), hold=True))
 
 
+def test_a_lender_that_fails_is_told_of_and_fails_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    """The request is answered, without a ticket, and so are the others of its step; nothing is kept."""
+    engine = make_engine()
+
+    def break_down(keys: Sequence[bytes], blocks: Sequence[int]) -> bytes:
+        raise RuntimeError("can't start new thread")
+
+    engine.lend = break_down
+    engine.add(request("other", PROMPT, GREEDY))
+    engine.add(request("r", PROMPT, GREEDY, hold=True))
+    outputs: list[Output] = []
+    while engine.has_work:
+        outputs += engine.step()
+    assert [output.ticket for output in outputs if output.request_id == "r"] == [b""]
+    assert told([output for output in outputs if output.request_id == "other"]) == told(
+        outputs_of(make_engine(), GREEDY)
+    )
+    assert "request r could not be lent" in caplog.text
+    idle_and_nothing_lost(engine)
+
+
 def test_who_goes_on_tells_what_the_first_part_found_cached() -> None:
     """Usage is the request's, not that of its second worker, which found everything."""
     whole = outputs_of(make_engine(), GREEDY)

@@ -14,15 +14,16 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from rhizome.errors import NotServed, Overloaded
-from rhizome.transfer_ticket import TransferTicket, read_signed, sign
+from rhizome.errors import InvalidRequest, NotServed, Overloaded
+from rhizome.transfer_ticket import MAX_KEYS, TransferTicket, read_signed, sign
 from tests.support.block_transfer import LAYOUT, PooledHolder, keys_of, private_memory
 from worker.transfer.holder import Holder
-from worker.transfer.memory import BlockLayout
+from worker.transfer.memory import BlockLayout, BlockMemory
 from worker.transfer.messages import How, PullRequest, encode_pull
 
 KEYS = keys_of(8)
 MAX_BLOCKS = 12
+LARGE = BlockLayout(1 << 20)  # four in a step of sealing
 
 
 class LeasesAsModelled(RuleBasedStateMachine):
@@ -165,7 +166,41 @@ def test_a_lease_that_ends_leaves_blocks_to_those_who_read_them_under_another() 
     assert memory.generations[other.blocks].tolist() != other.generations
 
 
-LARGE = BlockLayout(1 << 20)  # four in a step of sealing
+def test_no_more_is_lent_than_a_ticket_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rest is unpinned."""
+    memory = BlockMemory(bytearray(MAX_KEYS + 2), BlockLayout(1), MAX_KEYS + 2)
+    blocks, unpinned = range(MAX_KEYS + 2), list[int]()
+    cache = PooledHolder(memory)
+    monkeypatch.setattr(cache, "unpin", unpinned.extend)
+    holder = Holder("holder", 1, memory, cache, max_leased_blocks=len(blocks), digests=False)
+    ticket = holder.lend([number.to_bytes(16, "little") for number in blocks], blocks)
+    assert len(read_signed(b"", ticket, 0)) == holder.leases.blocks == MAX_KEYS
+    assert unpinned == [MAX_KEYS, MAX_KEYS + 1]
+
+
+@pytest.mark.parametrize("lends", [True, False], ids=["lend", "lease"])
+def test_without_a_ticket_there_is_no_lease(lends: bool) -> None:
+    """What a ticket cannot say is an error, and nothing is leased."""
+    holder = large_holder()
+    holder.offers = ("nö://",)
+    with pytest.raises(InvalidRequest, match="offer"):
+        holder.lend(keys_of(8), range(8)) if lends else holder.lease(keys_of(8))
+    assert len(holder.leases) == 0
+
+
+def test_where_no_thread_is_to_be_had_digests_are_taken_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The ticket is good without the thread that takes them ahead."""
+    holder = large_holder()
+
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        ticket = holder.lease(keys_of(8))
+    pieces = list(holder.serve(encode_pull(PullRequest(ticket, 0, 8, LARGE, How.IN_STREAM))[12:]))
+    assert len(pieces) == 2
+    assert holder.counts.blocks_told == 8
 
 
 def large_holder(num_blocks: int = 8) -> Holder:
