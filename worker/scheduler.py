@@ -74,7 +74,7 @@ class Scheduler:
         self.waiting: list[Sequence] = []  # by rank
         self.running: list[Sequence] = []  # by rank
         self.preemptions = 0
-        self.prompt_tokens = 0
+        self.prompt_tokens = 0  # of requests that no other worker counted before
         self.cached_prompt_tokens = 0  # in either tier
         self.host_cached_prompt_tokens = 0  # of these, in the host tier alone
         self._stop_tokens = stop_tokens
@@ -239,9 +239,10 @@ class Scheduler:
         sequence.listed = len(cached)
         if sequence.cached_tokens is None:
             sequence.cached_tokens = min(sequence.computed, sequence.prompt_len)  # answered tokens may be cached, too
-            self.prompt_tokens += sequence.prompt_len
-            self.cached_prompt_tokens += sequence.cached_tokens
-            self.host_cached_prompt_tokens += len(loads) * self.config.block_size
+            if sequence.request.answered_cached_tokens is None:
+                self.prompt_tokens += sequence.prompt_len
+                self.cached_prompt_tokens += sequence.cached_tokens
+                self.host_cached_prompt_tokens += len(loads) * self.config.block_size
         insort(self.running, sequence, key=_rank)
         return loads
 

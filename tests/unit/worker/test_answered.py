@@ -161,3 +161,18 @@ def test_who_goes_on_tells_what_the_first_part_found_cached() -> None:
     whole = outputs_of(make_engine(), GREEDY)
     rest = outputs_of(make_engine(), GREEDY, (whole[0].token.token_id,), answered_cached_tokens=8)
     assert {out.cached_tokens for out in rest} == {8}
+
+
+def test_a_prompt_that_two_workers_share_is_counted_once() -> None:
+    """By the first, as it found it; what the second finds cached was pulled or computed again, and is no hit."""
+    first, second = make_engine(), make_engine()
+    (begun,) = outputs_of(first, GREEDY, hold=True)
+    outputs_of(second, GREEDY)
+    before = second.status()
+    outputs_of(second, GREEDY, (begun.token.token_id,), answered_cached_tokens=begun.cached_tokens)
+    after = second.status()
+    assert (first.status().prompt_tokens, first.status().cached_prompt_tokens) == (len(PROMPT), 0)
+    assert after.prompt_tokens == before.prompt_tokens == len(PROMPT)
+    assert after.cached_prompt_tokens == before.cached_prompt_tokens == 0
+    outputs_of(second, GREEDY, (begun.token.token_id,))  # of whom nobody told what was found before
+    assert second.status().prompt_tokens == 2 * len(PROMPT)
