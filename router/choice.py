@@ -32,7 +32,7 @@ class Able:
     slots: Slots
     card: ModelCard
     roles: Roles | None  # None: all of role both
-    sources: Slots  # the same, and those that only lend what they hold: they drain
+    sources: Slots  # who lends others what it holds: those that drain, too
 
 
 class Choice:
@@ -95,8 +95,7 @@ class Choice:
             slots = sorted(workers)
             roles = roles_of([workers[slot] for slot in slots])
             lending = [self._index.slot(each.info.worker_id) for each in self._fleet.serving(card.name) if _lends(each)]
-            sources = np.array([*slots, *lending], np.intp)
-            known = self._able[model] = Able(np.array(slots, np.intp), card, roles, sources)
+            known = self._able[model] = Able(np.array(slots, np.intp), card, roles, np.array(lending, np.intp))
         return known
 
     def _members_able(self, model: str) -> list[Member]:
@@ -286,8 +285,8 @@ def _takes_requests(member: Member) -> bool:
 
 
 def _lends(member: Member) -> bool:
-    """Whether a worker that takes no requests gives others what it holds."""
-    return member.ready and member.draining and not member.unreachable and bool(member.info.transfer_offers)
+    """Whether a worker gives others what it holds."""
+    return member.ready and not member.unreachable and bool(member.info.transfer_offers)
 
 
 def _splits(request: RouteRequest) -> bool:

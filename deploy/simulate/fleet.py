@@ -173,6 +173,7 @@ class Fleet:
                 max_waiting,
                 config.max_batched_tokens,
                 fetch_token_s=hardware.fetch_token_s if peer_fetch else 0.0,
+                transfer_offers=("simulated://",) if peer_fetch else (),
             )
             info = self._registered(info)
             for replica in self._replicas:

@@ -49,8 +49,7 @@ class SplitFleet(Fleet):
         super().__init__(trace, hardware, workers=split.workers, peer_fetch=True, **given)
 
     def _registered(self, info: WorkerInfo) -> WorkerInfo:
-        role = self._roles[number_of(info.worker_id)]
-        return replace(info, role=role, transfer_offers=(f"simulated://{info.worker_id}",))
+        return replace(info, role=self._roles[number_of(info.worker_id)])
 
     def _send(self, number: int, decision: Decision) -> None:
         if decision.begins and self.outcomes[number].output_tokens > 1:

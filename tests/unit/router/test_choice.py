@@ -22,7 +22,7 @@ CARD = ModelCard("model", 100_000, 1000, 16, "")
 
 
 def router_with(
-    workers: int, *, fetch_token_s: float = 0.0, seed: int = 1, transfer_offers: tuple[str, ...] = ()
+    workers: int, *, fetch_token_s: float = 0.0, seed: int = 1, transfer_offers: tuple[str, ...] = (OFFER,)
 ) -> Router:
     router = Router(validate=True, seed=seed)
     for number in range(workers):
@@ -93,10 +93,10 @@ def test_what_another_worker_holds_is_fetched_where_that_is_quicker() -> None:
     assert (decision.worker_id, decision.fetch_from) == ("worker-1", "worker-0")
     assert decision.fetched_tokens == decision.cached_tokens == 640 * 16
     assert "10240 of them at worker-0" in decision.reason
-    alone = router_with(2)
-    alone.view("worker-0").offer(batch)
-    decision = alone.explain(asked, 1.0)
-    assert (decision.worker_id, decision.fetch_from, decision.fetched_tokens) == ("worker-0", "", 0)
+    for alone in (router_with(2), router_with(2, fetch_token_s=1e-7, transfer_offers=())):  # nobody pulls, or lends
+        alone.view("worker-0").offer(batch)
+        decision = alone.explain(asked, 1.0)
+        assert (decision.worker_id, decision.fetch_from, decision.fetched_tokens) == ("worker-0", "", 0)
 
 
 def test_what_a_draining_worker_holds_is_fetched_while_it_is_there() -> None:
