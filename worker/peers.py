@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import replace
+from threading import Semaphore
 from typing import TypeVar
 
 from rhizome.errors import RhizomeError
@@ -31,11 +32,12 @@ from worker.transfer.puller import Puller, PullResult
 _log = logging.getLogger(__name__)
 _T = TypeVar("_T")
 
-MAX_PULLS = 8  # at once: each has a thread, and slots of the pool; others wait, no more than requests are accepted
+MAX_PULLS = 8  # at once: each has a thread, and slots of the pool; others wait, no more than requests may wait
+MAX_RELEASES = 64  # of leases that nobody needs, waiting to be told; the others end by themselves, soon
 PATIENCE_S = 2.0  # with the engine, which answers between two steps
 START_S = 1.0  # a pull may take this and ...
-LONG_S = 0.1  # a pull that may take as long, besides, tells its pace: 10 MB
 SLOWEST_BYTES_S = 100e6  # ... as long as its blocks take at that pace; slower than this, computing is as good
+LONG_S = 0.1  # a pull that may take as long, besides START_S, tells its pace: 10 MB
 FETCH_BYTES_S = 1e9  # what routers are told to expect
 
 
@@ -71,17 +73,21 @@ class PeerBlocks:
         self._pace = PullPace(thread.engine.config.block_size, math.ceil(LONG_S / self._slowest_block_s))
         self._late = LateSlots(puller.memory.in_flight, self._give_back_late)
         self._threads = ThreadPoolExecutor(MAX_PULLS, thread_name_prefix="rhizome-pull")
+        self._room = Semaphore(MAX_PULLS + thread.engine.config.max_waiting)
+        self._releasing = ThreadPoolExecutor(1, thread_name_prefix="rhizome-release")
+        self._releases = Semaphore(MAX_RELEASES)
 
     async def fetch(self, request: EngineRequest, signed: bytes) -> None:
         """Bring what the ticket's holder has of the request's prompt into the prefix cache, as far as it lacks here.
 
         Never raises for what fails. While as many pulls are under way as may be, it waits for its turn: within the time
-        that the pull may take.
+        that the pull may take. Where too many wait, nothing is pulled.
         """
-        if request.bypass_prefix_cache:
+        if request.bypass_prefix_cache or not self._room.acquire(blocking=False):
             return
         deadline = Deadline(START_S + len(request.keys) * self._slowest_block_s)
         future = self._threads.submit(self._fetch, request, signed, deadline)
+        future.add_done_callback(lambda _: self._room.release())
         try:
             await asyncio.shield(asyncio.wrap_future(future))  # one that waits its turn has a lease to give back
         except asyncio.CancelledError:
@@ -93,6 +99,7 @@ class PeerBlocks:
     def close(self) -> None:
         """Wait for what is under way, at most as long as its deadlines."""
         self._threads.shutdown()
+        self._releasing.shutdown(cancel_futures=True)
         self._late.close()
         self._puller.close()
 
@@ -107,7 +114,7 @@ class PeerBlocks:
         if contents and not deadline.over:
             reservation = _between_steps(self._thread, lambda: self._thread.engine.reserve(contents))
         if reservation is None:
-            self._puller.release(signed)
+            self._release_soon(signed)
             return
         result: PullResult | None = None
         try:
@@ -118,6 +125,12 @@ class PeerBlocks:
         if result.reason:
             told = "request %s: %d of %d blocks came from %s: %s"
             _log.info(told, request.request_id, result.blocks, result.wanted, ticket.holder, result.reason)
+
+    def _release_soon(self, signed: bytes) -> None:
+        """On a thread of its own: the request does not wait for its holder, which may be slow to answer, or gone."""
+        if self._releases.acquire(blocking=False):
+            future = self._releasing.submit(self._puller.release, signed)
+            future.add_done_callback(lambda _: self._releases.release())
 
     def _give_back(self, reservation: Reservation, result: PullResult | None) -> None:
         """Those that arrived are cached from now on, the others are free; but for what may still be written."""

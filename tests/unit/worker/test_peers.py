@@ -6,7 +6,7 @@ import asyncio
 import queue
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 
@@ -16,6 +16,7 @@ from rhizome.errors import RhizomeError
 from rhizome.transfer_ticket import TransferTicket, sign
 from tests.support.memory_runner import MemoryRunner, reference_answer
 from tests.unit.worker.test_engine import GREEDY, idle_and_nothing_lost, make_engine, request
+from worker import peers as peers_module
 from worker.engine import EngineStatus, Output
 from worker.engine_thread import EngineThread
 from worker.peers import MAX_PULLS, EngineBlocks, PeerBlocks
@@ -75,11 +76,16 @@ class Peer:
 
     def nothing_is_held(self) -> None:
         """Wait for leases to be released; then every block is accounted for."""
-        deadline = time.monotonic() + PATIENCE_S
-        while self.status().blocks_in_use or len(self.holder.leases):
-            assert time.monotonic() < deadline, "blocks are still held"
-            time.sleep(0.005)
+        until(lambda: not self.status().blocks_in_use and not len(self.holder.leases))
         self.thread.call(lambda: idle_and_nothing_lost(self.thread.engine)).result(PATIENCE_S)
+
+
+def until(condition: Callable[[], bool]) -> None:
+    """Wait for it."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.002)
 
 
 @contextmanager
@@ -297,3 +303,58 @@ def test_pulls_that_wait_for_their_turn_all_come() -> None:
             a.answer(prompt(f"r{number}", [1 + number, *PROMPT[1:5]]))
         asyncio.run(all_of(a, b))
         assert b.status().transfers.pulled_blocks == MAX_PULLS + 3
+
+
+def test_pulls_that_wait_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is computed at once, before the others had their turn."""
+    monkeypatch.setattr(peers_module, "MAX_PULLS", 1)
+    gate = Gate()
+
+    async def all_of(a: Peer, b: Peer) -> None:
+        asked = [prompt(f"r{number}") for number in range(1 + CONFIG.max_waiting)]
+        fetching = [asyncio.create_task(b.peers.fetch(each, a.ticket(each))) for each in asked]
+        await asyncio.to_thread(gate.reached.wait, PATIENCE_S)
+        await asyncio.wait_for(b.peers.fetch(prompt("more"), a.ticket(prompt("more"))), PATIENCE_S)
+        assert not any(task.done() for task in fetching)
+        gate.open.set()
+        await asyncio.gather(*fetching)
+        assert b.status().transfers.pulls == 1  # and the others found it there
+        await b.peers.fetch(prompt("again"), a.ticket(prompt("again")))
+
+    with two([gate]) as (a, b):  # type: ignore[list-item]
+        a.answer(prompt("first"))
+        asyncio.run(all_of(a, b))
+        assert b.status().transfers.skipped_blocks == 10 * (CONFIG.max_waiting + 1)
+
+
+def test_a_request_that_lacks_nothing_does_not_wait_for_its_holder(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The holder is told that its blocks are not needed as soon as it can be reached; as much waits for that as may."""
+    monkeypatch.setattr(peers_module, "MAX_RELEASES", 3)
+    reachable, released = threading.Event(), list[bytes]()
+
+    async def fetch_often(b: Peer, tickets: list[bytes]) -> None:
+        async with asyncio.timeout(PATIENCE_S):
+            for ticket in tickets:
+                await b.peers.fetch(prompt("r"), ticket)
+
+    with two() as (a, b):
+        release = b.peers._puller.release
+
+        def release_when_reachable(ticket: bytes) -> None:
+            reachable.wait()
+            released.append(ticket)
+            release(ticket)
+
+        monkeypatch.setattr(b.peers._puller, "release", release_when_reachable)
+        a.answer(prompt("first"))
+        b.answer(prompt("second"))
+        keys = [key.tobytes() for key in prompt("r").keys[:4]]
+        tickets = [a.holder.lease(keys) for _ in range(4)]
+        try:
+            asyncio.run(fetch_often(b, tickets))
+            assert (len(a.holder.leases), released) == (4, [])
+        finally:
+            reachable.set()
+        until(lambda: len(a.holder.leases) == 1)
+        assert released == tickets[:3]
+        a.holder.close()  # as if it had expired, which the last one will
