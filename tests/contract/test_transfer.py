@@ -24,6 +24,7 @@ from worker.transfer.memory import BlockLayout, BlockMemory
 from worker.transfer.puller import Puller, PullResult
 from worker.transfer.server import TransferServer
 from worker.transfer.transports import Transport
+from worker.transfer.transports import grpc as grpc_module
 from worker.transfer.transports.grpc import GrpcTransport, aio_handlers, handlers
 from worker.transfer.transports.local import LocalTransport
 from worker.transfer.transports.nixl import INSTALL, NixlEndpoint, NixlTransport, has_nixl
@@ -459,3 +460,29 @@ def test_a_holder_that_is_gone_is_told_at_once(pair: Pair) -> None:
     assert result.blocks == 0
     assert result.attempts[0].error
     pair.check(result, keys, slots)
+
+
+def test_pulls_over_grpc_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One more is refused at once, and there is room again when one ends."""
+    monkeypatch.setattr(grpc_module, "MAX_PULLS", 1)
+    with paired("grpc of asyncio") as pair, ThreadPoolExecutor(1) as beside:
+        keys, slots = keys_of(3), shuffled(6)
+        pair.cache.store(keys)
+        digests, entered, go_on = pair.memory.digests, threading.Event(), threading.Event()
+
+        def stuck(told: Sequence[int]) -> list[int]:
+            entered.set()
+            go_on.wait(PATIENCE_S)
+            return digests(told)
+
+        pair.memory.digests = stuck  # type: ignore[method-assign]
+        first = beside.submit(pair.pull, pair.ticket(keys), keys, slots[:3])
+        try:
+            assert entered.wait(PATIENCE_S)
+            refused = pair.pull(pair.ticket(keys), keys, slots[3:], PATIENCE_S / 10)
+            assert "RESOURCE_EXHAUSTED: 1 pulls are under way here" in refused.reason
+        finally:
+            go_on.set()
+        assert first.result().blocks == 3
+        until(lambda: pair.pull(pair.ticket(keys), keys, slots[3:]).blocks == 3)
+        pair.freed()

@@ -15,7 +15,7 @@ from typing import Any
 import grpc
 
 from rhizome import rpc
-from rhizome.errors import InvalidRequest
+from rhizome.errors import InvalidRequest, Overloaded
 from worker.transfer.deadline import Deadline
 from worker.transfer.errors import OutOfTime, Refused, TransferFailed
 from worker.transfer.holder import Holder, Pieces
@@ -27,6 +27,7 @@ from worker.transfer.transports.stream import Refill, StreamChannel
 SERVICE = "rhizome.v1.BlockTransfer"
 CHUNK_BYTES = 1 << 20
 RELEASE_S = 0.5
+MAX_PULLS = 64  # of one holder at once: each has a batch, of 4 MiB or one block, in memory
 MAX_CHANNELS = 64  # to as many holders; the longest unused goes
 
 
@@ -60,14 +61,25 @@ def aio_handlers(holder: Holder, threads: Executor) -> grpc.GenericRpcHandler:
 
     Given generators, such a server keeps a thread for ever for each call that is cancelled; hence coroutines.
     """
+    pulls = 0
 
     async def pull(payload: bytes, context: rpc.Context) -> None:
-        loop, answer = asyncio.get_running_loop(), holder.serve(payload)
-        with suppress(Refused, TimeoutError):  # whoever asked sees the stream end
-            async with asyncio.timeout(MAX_LEASE_S):
-                while messages := await loop.run_in_executor(threads, _next_messages, answer):
-                    for message in messages:
-                        await context.write(message)
+        nonlocal pulls
+        if pulls >= MAX_PULLS:
+            await rpc.abort(context, Overloaded(f"{pulls} pulls are under way here, and {MAX_PULLS} is the limit"))
+        pulls += 1
+        try:
+            with suppress(Refused, TimeoutError):  # whoever asked sees the stream end
+                async with asyncio.timeout(MAX_LEASE_S):
+                    await answer(payload, context)
+        finally:
+            pulls -= 1
+
+    async def answer(payload: bytes, context: rpc.Context) -> None:
+        loop, pieces = asyncio.get_running_loop(), holder.serve(payload)
+        while messages := await loop.run_in_executor(threads, _next_messages, pieces):
+            for message in messages:
+                await context.write(message)
 
     async def release(payload: bytes, context: rpc.Context) -> bytes:
         try:
