@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import socket
 import threading
 import time
@@ -20,7 +21,7 @@ from worker.transfer.holder import Holder
 from worker.transfer.memory import BlockLayout, BlockMemory
 from worker.transfer.messages import How, batch_blocks_of
 from worker.transfer.server import TransferServer
-from worker.transfer.transports.grpc import handlers
+from worker.transfer.transports.grpc import aio_handlers
 from worker.transfer.transports.nixl import NixlEndpoint, has_nixl
 
 IN_CALL = 1 << 20  # bytes in one call of a bare socket, and in one message of bare gRPC
@@ -85,12 +86,9 @@ def hold(connection: Connection, block_bytes: int, num_blocks: int) -> None:
         bare = _bare_grpc(stack, memory, cache)
         for digests in (True, False):
             holder = Holder("bench", 1, memory, cache, max_leased_blocks=64 * num_blocks, digests=digests)
-            server = grpc.server(ThreadPoolExecutor(4))
-            server.add_generic_rpc_handlers((handlers(holder),))
-            address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-            server.start()
-            stack.callback(server.stop, None)
-            stack.enter_context(TransferServer(holder, grpc=address, nixl=endpoint))
+            address = _our_grpc(stack, holder)
+            stack.enter_context(TransferServer(holder, nixl=endpoint))
+            holder.offers += (f"grpc://{address}",)
             holders[digests] = holder
         where = None if endpoint is None else (endpoint.agent.get_agent_metadata(), memory.address)
         connection.send((Doors(_bare_socket(memory, cache), bare, where), cores()))
@@ -161,6 +159,28 @@ def receive_all(connected: socket.socket, views: list[memoryview]) -> None:
             moved -= len(views.pop(0))
         if moved:
             views[0] = views[0][moved:]
+
+
+def _our_grpc(stack: ExitStack, holder: Holder) -> str:
+    """Our handlers in an event loop, as a worker has them. Returns the address."""
+
+    async def start() -> tuple[grpc.aio.Server, str]:
+        server = grpc.aio.server()
+        server.add_generic_rpc_handlers((aio_handlers(holder, threads),))
+        address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+        await server.start()
+        return server, address
+
+    threads = stack.enter_context(ThreadPoolExecutor(4))
+    loop = asyncio.new_event_loop()
+    runner = threading.Thread(target=loop.run_forever)
+    runner.start()
+    stack.callback(loop.close)
+    stack.callback(runner.join)
+    stack.callback(loop.call_soon_threadsafe, loop.stop)
+    server, address = asyncio.run_coroutine_threadsafe(start(), loop).result()
+    stack.callback(lambda: asyncio.run_coroutine_threadsafe(server.stop(None), loop).result())
+    return address
 
 
 def _bare_grpc(stack: ExitStack, memory: BlockMemory, cache: Everything) -> str:

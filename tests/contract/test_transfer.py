@@ -25,7 +25,7 @@ from worker.transfer.puller import Puller, PullResult
 from worker.transfer.server import TransferServer
 from worker.transfer.transports import Transport
 from worker.transfer.transports import grpc as grpc_module
-from worker.transfer.transports.grpc import GrpcTransport, aio_handlers, handlers
+from worker.transfer.transports.grpc import GrpcTransport, aio_handlers
 from worker.transfer.transports.local import LocalTransport
 from worker.transfer.transports.nixl import INSTALL, NixlEndpoint, NixlTransport, has_nixl
 from worker.transfer.transports.shm import ShmTransport
@@ -37,7 +37,7 @@ BLOCKS = 48
 LARGE = BlockLayout(2 << 20, tag=LAYOUT.tag)  # two in a batch of a stream
 PLANES = BlockLayout(24_000, planes=6, tag=LAYOUT.tag)
 
-TRANSPORTS = ("local", "shm", "tcp", "grpc", "grpc of asyncio", "nixl")
+TRANSPORTS = ("local", "shm", "tcp", "grpc", "nixl")
 
 
 @cache
@@ -50,21 +50,9 @@ def _endpoints(layout: BlockLayout) -> tuple[NixlEndpoint, NixlEndpoint]:
 
 
 @contextmanager
-def threads_serve(holder: Holder) -> Iterator[str]:
-    """A gRPC server's address."""
-    server = grpc.server(ThreadPoolExecutor(8))
-    server.add_generic_rpc_handlers((handlers(holder),))
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
-    server.start()
-    try:
-        yield address
-    finally:
-        server.stop(None).wait()
-
-
-@contextmanager
 def asyncio_serves(holder: Holder) -> Iterator[str]:
-    """The same, in a loop on a thread of its own. When it ends, no thread is kept by a call that was cancelled."""
+    """A gRPC server's address, in a loop on a thread of its own. When it ends, no thread is kept by a call that was
+    cancelled."""
 
     async def started(threads: ThreadPoolExecutor) -> tuple[grpc.aio.Server, str]:
         server = grpc.aio.server()
@@ -114,19 +102,20 @@ class Pair:
         stack.callback(self.puller.close)
 
     def _transport(self, stack: ExitStack, layout: BlockLayout) -> Transport:
-        nixl = address = None
+        nixl: NixlEndpoint | None = None
+        others: tuple[str, ...] = ()
         transport: Transport
         if self.name == "nixl":
             here, there = _endpoints(layout)
             nixl, transport = here, NixlTransport(there)
-        elif self.name.startswith("grpc"):
-            serve = threads_serve if self.name == "grpc" else asyncio_serves
-            address = self.down.enter_context(serve(self.holder))
+        elif self.name == "grpc":
+            others = (f"grpc://{self.down.enter_context(asyncio_serves(self.holder))}",)
             transport = GrpcTransport()
             stack.callback(transport.close)
         else:
             transport = {"local": LocalTransport, "shm": ShmTransport, "tcp": TcpTransport}[self.name]()
-        self.down.enter_context(TransferServer(self.holder, grpc=address, nixl=nixl))
+        self.down.enter_context(TransferServer(self.holder, nixl=nixl))
+        self.holder.offers += others
         return transport
 
     def ticket(self, keys: list[bytes], **changes: object) -> bytes:
@@ -465,7 +454,7 @@ def test_a_holder_that_is_gone_is_told_at_once(pair: Pair) -> None:
 def test_pulls_over_grpc_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """One more is refused at once, and there is room again when one ends."""
     monkeypatch.setattr(grpc_module, "MAX_PULLS", 1)
-    with paired("grpc of asyncio") as pair, ThreadPoolExecutor(1) as beside:
+    with paired("grpc") as pair, ThreadPoolExecutor(1) as beside:
         keys, slots = keys_of(3), shuffled(6)
         pair.cache.store(keys)
         digests, entered, go_on = pair.memory.digests, threading.Event(), threading.Event()

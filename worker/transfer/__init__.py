@@ -20,6 +20,6 @@ What holds, whatever fails:
 - A block counts when its bytes lie in its slot and have the digest that the holder told, and all before it count.
 - A holder tells a digest only if the block was pinned from before its lease's start until after the digest was taken.
 - A slot whose block does not count is zeroed before `pull` returns, and nothing writes into slots after that; but for
-  those that the result names as `in_flight`, which NIXL cannot take back.
+  those in the memory's `in_flight`, which NIXL cannot take back.
 - Pinned blocks are free after their lease's end, which is at most MAX_LEASE_S away.
 """

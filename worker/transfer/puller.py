@@ -36,8 +36,8 @@ class Attempt:
 @dataclass(frozen=True, slots=True)
 class PullResult:
     """What came of a pull: the first `blocks` of those `wanted` lie in their slots, verified; the other slots are as
-    they were, or zero. `reason` says why not all came; "" if they did. Slots `in_flight` (`nixl` only, and only after a
-    deadline) may still be written: they are not to be used before they left the memory's `in_flight`."""
+    they were, or zero. `reason` says why not all came; "" if they did. Slots in the memory's `in_flight` (`nixl` only,
+    and only after a deadline) may still be written: they are not to be used before they left it."""
 
     blocks: int
     wanted: int
@@ -45,7 +45,6 @@ class PullResult:
     seconds: float
     attempts: tuple[Attempt, ...]
     reason: str
-    in_flight: tuple[int, ...] = ()
 
     @property
     def transport(self) -> str:
@@ -125,7 +124,6 @@ class Puller:
             self._clock() - started,
             tuple(progress.attempts),
             reason if progress.arrived < len(keys) else "",
-            tuple(slot for slot in slots[progress.arrived :] if slot in self.memory.in_flight),
         )
 
     def release(self, ticket: bytes) -> None:

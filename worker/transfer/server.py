@@ -39,7 +39,7 @@ class TransferServer:
     """Serves one holder's blocks while entered; then `holder.offers` names the ways.
 
     `local` is offered always, `shm` where the memory is shared, `tcp` at an address [loopback, any port], `nixl`
-    through an endpoint; gRPC handlers are added to a server of the caller's, whose address is then `grpc`.
+    through an endpoint. `grpc` is for whoever has a gRPC server: see transports.grpc.aio_handlers.
     """
 
     def __init__(
@@ -48,7 +48,6 @@ class TransferServer:
         *,
         tcp: str | None = "127.0.0.1:0",
         shm: bool = True,
-        grpc: str | None = None,
         nixl: NixlEndpoint | None = None,
         insecure: bool = False,
     ) -> None:
@@ -57,7 +56,6 @@ class TransferServer:
         self.holder = holder
         self._tcp = None if tcp is None else _address(tcp, insecure)
         self._shm = shm and holder.memory.descriptor is not None and host_identity() != ""
-        self._grpc = grpc
         self._nixl = nixl
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -87,8 +85,6 @@ class TransferServer:
         except OSError as error:
             self._stop()
             raise InvalidRequest("transfer address", self._tcp, str(error)) from None
-        if self._grpc is not None:
-            offers.append(Offer("grpc", self._grpc))
         self.holder.offers = tuple(map(str, offers))
         self._start(self._reap)
         return self

@@ -31,33 +31,9 @@ MAX_PULLS = 64  # of one holder at once: each has a batch, of 4 MiB or one block
 MAX_CHANNELS = 64  # to as many holders; the longest unused goes
 
 
-def handlers(holder: Holder) -> grpc.GenericRpcHandler:
-    """What to add to a gRPC server of threads with `add_generic_rpc_handlers`.
-
-    A pull keeps one thread of the server's as long as it lasts: at most as long as its lease.
-    """
-
-    def pull(payload: bytes, context: grpc.ServicerContext) -> Iterator[bytes]:  # noqa: ARG001
-        with suppress(Refused):
-            for pieces in holder.serve(payload):
-                yield from chunks(pieces)
-
-    def release(payload: bytes, context: grpc.ServicerContext) -> bytes:
-        try:
-            holder.release(decode_release(payload))
-        except InvalidRequest as error:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, str(error))
-        return b""
-
-    methods: dict[str, grpc.RpcMethodHandler[bytes, bytes]] = {
-        "Pull": grpc.unary_stream_rpc_method_handler(pull),
-        "Release": grpc.unary_unary_rpc_method_handler(release),
-    }
-    return grpc.method_handlers_generic_handler(SERVICE, methods)
-
-
 def aio_handlers(holder: Holder, threads: Executor) -> grpc.GenericRpcHandler:
-    """The same for a server of asyncio, whose loop only sends: batches are made ready in `threads`, one at a time.
+    """What to add to a gRPC server of asyncio with `add_generic_rpc_handlers`. Its loop only sends: batches are made
+    ready in `threads`, one at a time.
 
     Given generators, such a server keeps a thread for ever for each call that is cancelled; hence coroutines.
     """

@@ -123,7 +123,7 @@ def test_what_nixl_cannot_take_back_is_kept_apart() -> None:
 
         endpoint.read = stopped  # type: ignore[method-assign]
         result = puller.pull(ticket, KEYS[:16], SLOTS[:16], 1.0)
-        assert (result.blocks, set(result.in_flight)) == (0, set(SLOTS[:16])), result
+        assert (result.blocks, pool.in_flight) == (0, set(SLOTS[:16])), result
         os.kill(pid, signal.SIGCONT)
         end = time.monotonic() + PATIENCE_S
         while pool.in_flight:
