@@ -53,16 +53,18 @@ def _turn(
     console: Console, client: SyncClient, messages: list[dict[str, str]], max_tokens: int, temperature: float
 ) -> str | None:
     """Stream one answer to the screen; returns it, or None when it failed or was stopped."""
-    started = time.perf_counter()
-    answer, summary = "", ""
+    started, ttft_s = time.perf_counter(), 0.0
+    answer, summary, workers = "", "", list[str]()
     # The limit is kept here: asked of the worker it would be refused once the model's length leaves less room.
     chunks = client.generate(messages=messages, temperature=temperature)
     try:
         for chunk in islice(chunks, max_tokens):
             if chunk.worker_id:
+                workers.append(chunk.worker_id)
+                ttft_s = ttft_s or time.perf_counter() - started
                 summary = (
-                    f"{chunk.worker_id} · {chunk.usage.prompt_tokens} prompt tokens, "
-                    f"{chunk.usage.cached_tokens} cached · TTFT {(time.perf_counter() - started) * 1000:.0f} ms"
+                    f"{' > '.join(workers)} · {chunk.usage.prompt_tokens} prompt tokens, "
+                    f"{chunk.usage.cached_tokens} cached · TTFT {ttft_s * 1000:.0f} ms"
                 )
             answer += chunk.text
             console.out(chunk.text, end="")

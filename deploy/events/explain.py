@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import sys
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,7 @@ from kv_events.inspect.words import counted, key_text, printable
 from radix.keys import Hashes
 from radix.tree import Tier
 from rhizome.errors import InvalidRequest
-from rhizome.v1.fleet_pb2 import WORKER_ROLE_OBSERVED
+from rhizome.v1.fleet_pb2 import WORKER_ROLE_DECODE, WORKER_ROLE_OBSERVED, WORKER_ROLE_PREFILL
 
 if TYPE_CHECKING:
     from rhizome.v1.router_pb2 import Candidate, Decision, WorkerEntry
@@ -71,7 +72,7 @@ async def run_explain(options: ExplainOptions) -> None:
     if options.as_json:
         Output(as_json=True).json(_as_json(decision, hashes, holdings, notes))
     else:
-        _print(Output(), decision, hashes, holdings, size, notes)
+        _print(Output(), decision, hashes, holdings, size, notes, entries)
 
 
 def _ask(options: ExplainOptions) -> dict[str, Any]:
@@ -185,6 +186,7 @@ def _as_json(decision: Decision, hashes: Hashes, holdings: Sequence[Holding], no
         "keys": [key_text(block) for block in hashes.tolist()],
         "holders": [holding.as_json() for holding in holdings],
         "worker": decision.worker_id,
+        "decode_worker": decision.decode_worker_id,
         "policy": decision.policy,
         "reason": decision.reason,
         "candidates": [_terms(candidate) for candidate in decision.candidates],
@@ -193,7 +195,9 @@ def _as_json(decision: Decision, hashes: Hashes, holdings: Sequence[Holding], no
 
 
 def _terms(candidate: Candidate) -> dict[str, Any]:
-    return {field.name: getattr(candidate, field.name) for field in candidate.DESCRIPTOR.fields}
+    """All of them; without a score where the candidate cannot take the request: JSON has no infinity."""
+    terms = {field.name: getattr(candidate, field.name) for field in candidate.DESCRIPTOR.fields}
+    return terms | {"score": candidate.score if math.isfinite(candidate.score) else None}
 
 
 def _print(
@@ -203,6 +207,7 @@ def _print(
     holdings: Sequence[Holding],
     block_size: int,
     notes: Sequence[str],
+    entries: Mapping[str, WorkerEntry],
 ) -> None:
     blocks = counted(len(hashes), "full block") + (f" of {block_size}" if block_size else "")
     output.line([("prompt   ", "note"), (f"{counted(decision.prompt_tokens, 'token')}, {blocks}", "")])
@@ -212,6 +217,8 @@ def _print(
         output.line([("keys     ", "note"), (shown + more, "key")])
     chosen = [(printable(decision.worker_id), "worker"), (f", by {decision.policy}", "")]
     output.line([("chosen   ", "note"), *(chosen if decision.worker_id else [("none", "bad")])])
+    if decision.decode_worker_id:
+        output.line([("then     ", "note"), (printable(decision.decode_worker_id), "worker"), (" would go on", "")])
     output.line([("why      ", "note"), (printable(decision.reason), "")])
     for note in notes:
         output.line([("note     ", "note"), (printable(note), "bad")])
@@ -226,7 +233,7 @@ def _print(
     if not decision.candidates:
         return
     output.text("")
-    for line in table(_TERMS, [_row(candidate) for candidate in decision.candidates]):
+    for line in table(_TERMS, [_row(candidate, entries.get(candidate.worker_id)) for candidate in decision.candidates]):
         output.line(line)
 
 
@@ -253,10 +260,15 @@ _TERMS = (
     "prefill s",
     "decode s",
     "TTFT s",
+    "score",
 )
+_PARTIAL = {WORKER_ROLE_PREFILL: "prefill", WORKER_ROLE_DECODE: "decode"}
 
 
-def _row(candidate: Candidate) -> list[str]:
+def _row(candidate: Candidate, entry: WorkerEntry | None) -> list[str]:
+    name = printable(candidate.worker_id)
+    if entry is not None and entry.role in _PARTIAL:
+        name += f" ({_PARTIAL[entry.role]})"
     counts = (
         candidate.cached_tokens,
         candidate.fetched_tokens,
@@ -266,4 +278,5 @@ def _row(candidate: Candidate) -> list[str]:
         candidate.free_blocks,
     )
     times = (candidate.queue_s, candidate.fetch_s, candidate.prefill_s, candidate.decode_s, candidate.predicted_ttft_s)
-    return [printable(candidate.worker_id), *(f"{count:,}" for count in counts), *(f"{time:.4f}" for time in times)]
+    score = f"{candidate.score:.4g}" if math.isfinite(candidate.score) else "not for this"
+    return [name, *(f"{count:,}" for count in counts), *(f"{time:.4f}" for time in times), score]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from deploy.processes import WILDCARDS
-from deploy.transfers import TRANSPORTS
+from deploy.transfers import DEFAULT_TRANSPORTS, TRANSPORTS
 from kv_events.bus.redis_registry import parse_registry_url
 from kv_events.bus.url import parse_bus_url
 from rhizome.errors import InvalidRequest
@@ -197,4 +197,19 @@ class FleetConfig(_Part):
         roles = {group.role for group in self.workers if group.count}
         if ("prefill" in roles) != ("decode" in roles) and "both" not in roles:
             raise ValueError("prefill workers need decode workers, and the other way, or some of role both")
+        if len({group.block_size for group in self.workers}) > 1:
+            raise ValueError("all workers of a model need the same block_size")
+        begin, go_on = (
+            [
+                set(group.transports or DEFAULT_TRANSPORTS)
+                for group in self.workers
+                if group.count and group.role in role
+            ]
+            for role in (("prefill",), ("decode", "both"))
+        )
+        for ways in begin:
+            if not any(ways & others for others in go_on):
+                raise ValueError(
+                    f"no worker can pull from prefill workers by {', '.join(sorted(ways))}: see transports"
+                )
         return self

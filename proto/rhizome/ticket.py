@@ -101,6 +101,11 @@ def sign_member(secret: bytes, request: FleetRequest) -> None:
 
 
 def check_member(secret: bytes, request: FleetRequest) -> None:
-    """Raise Denied unless the request is signed under the fleet's secret (where there is one)."""
+    """Raise Denied unless the request is signed under the fleet's secret, or there is none on either side: without
+    the secret of a fleet its keys cannot be made."""
+    status = request.status if isinstance(request, fleet_pb2.HeartbeatRequest) else request
+    who = f"{request.DESCRIPTOR.name} of worker {status.worker_id}"
+    if not secret and request.proof:
+        raise Denied(f"{who}: it is signed, and here is no {SECRET_VARIABLE}")
     if secret and not hmac.compare_digest(request.proof, _proof(secret, request)):
-        raise Denied(f"{request.DESCRIPTOR.name}: not signed under the fleet's secret")
+        raise Denied(f"{who}: not signed under the fleet's secret")

@@ -64,6 +64,10 @@ def test_without_a_secret_nothing_is_signed_and_nothing_believed() -> None:
     ticket.sign_request(SECRET, request, "w", 7, unix_ms=0)
     assert not ticket.has_valid_ticket(b"", request, "w", 7, unix_ms=0)
     ticket.check_member(b"", fleet_pb2.RegisterRequest())
+    request_of_a_fleet = fleet_pb2.HeartbeatRequest(status=worker_pb2.WorkerStatus(worker_id="w"))
+    ticket.sign_member(SECRET, request_of_a_fleet)
+    with pytest.raises(Denied, match="of worker w: it is signed, and here is no RHIZOME_FLEET_SECRET"):
+        ticket.check_member(b"", request_of_a_fleet)
 
 
 def test_a_registration_is_signed_over_who_and_where() -> None:

@@ -15,7 +15,7 @@ from deploy.events.explain import ExplainOptions, parse_token_ids, run_explain
 from radix.hashing import BlockHasher, derive_salt
 from radix.keys import hashes_of
 from rhizome.errors import InvalidRequest
-from rhizome.v1.fleet_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_OBSERVED
+from rhizome.v1.fleet_pb2 import WORKER_ROLE_BOTH, WORKER_ROLE_DECODE, WORKER_ROLE_OBSERVED, WORKER_ROLE_PREFILL
 from rhizome.v1.router_pb2 import WorkerEntry
 from tests.support.router_cluster import PROMPT, Cluster, with_cluster
 from tests.support.scripted_worker import BLOCK_SIZE, MODEL
@@ -74,7 +74,7 @@ def test_text_is_the_same_for_people(capsys: pytest.CaptureFixture[str]) -> None
     assert lines[5] == "holds       blocks  tokens  where"
     assert lines[6] == f"worker-0  12 of {len(KEYS)}     192  12 device"
     assert lines[7] == f"worker-1   6 of {len(KEYS)}      96  6 device, not a candidate"
-    assert lines[9].split()[:3] == ["candidate", "cached", "to"]
+    assert lines[9].split()[:4] == ["candidate", "cached", "fetched", "to"]
 
 
 def test_a_large_index_is_not_fetched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,3 +190,31 @@ def test_token_ids_are_numbers() -> None:
     for wrong in ("", ",", "1,x", "-1", "٣"):
         with pytest.raises(InvalidRequest, match="numbers with commas"):
             parse_token_ids(wrong)
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+def test_both_halves_of_a_split_fleet_are_told(as_json: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    """Who begins and who would go on; a decode worker that does not begin it has no score."""
+
+    async def test(running: Cluster) -> None:
+        pulls: dict[str, Any] = {"transfer_offers": ["tcp://127.0.0.1:9"], "fetch_token_s": 1e-9}
+        await running.join("p", role=WORKER_ROLE_PREFILL, **pulls)
+        await running.join("d", role=WORKER_ROLE_DECODE, **pulls)
+        await running.ready(2)
+        await run_explain(ExplainOptions(f"router://{running.address}", token_ids=PROMPT, as_json=as_json))
+
+    with_cluster(test, local_prefill_s=0.0)
+    told = capsys.readouterr().out
+    if as_json:
+        decision = json.loads(told)
+        assert (decision["worker"], decision["decode_worker"]) == ("p", "d")
+        assert [(each["worker_id"], each["score"] is None) for each in decision["candidates"]] == [
+            ("p", False),
+            ("d", True),
+        ]
+    else:
+        assert "chosen   p, by predicted-ttft" in told
+        assert "then     d would go on" in told
+        assert "p (prefill)" in told
+        (line,) = [line for line in told.splitlines() if "d (decode)" in line]
+        assert line.endswith("not for this")

@@ -66,6 +66,12 @@ workers:
         (LEAST + "host: 0.0.0.0\ninsecure: true", "is a wildcard"),
         (LEAST + "routers: {port: 65535, count: 2}", "leaves no room for 2 routers"),
         ("model: {tiny: true}\nworkers: [{role: prefill}]", "prefill workers need decode workers"),
+        ("model: {tiny: true}\nworkers: [{name: a}, {name: b, block_size: 8}]", "the same block_size"),
+        ("model: {tiny: true}\nworkers: [{transports: [tcp, tcp]}]", "transports names tcp twice"),
+        (
+            "model: {tiny: true}\nworkers: [{role: prefill, transports: [shm]}, {role: decode, transports: [tcp]}]",
+            "no worker can pull from prefill workers by shm: see transports",
+        ),
         ("model: {tiny: true}\nworkers: [{name: a b}]", "'a b': 1 to 40 letters, digits and dashes"),
     ],
 )

@@ -21,7 +21,7 @@ name: demo
 model: {simulated: 8b-1xh100, time_scale: 10, name: eight}
 routers: {count: 2, port: 7800, policy: round-robin}
 workers:
-  - {name: first, role: prefill, count: 2, max_running: 8, resources: {cpus: 2, custom: {big: 1}}}
+  - {name: first, role: prefill, count: 2, block_size: 32, max_running: 8, resources: {cpus: 2, custom: {big: 1}}}
   - {name: then, role: decode, block_size: 32, events: ["zmq://127.0.0.1:0"], event_token_ids: true, threads: 3}
 """
 NO_OPTIONS = {
