@@ -93,7 +93,7 @@ def test_the_demo_starts_a_ray_of_its_own_and_leaves_nothing_of_it() -> None:
 
 
 def test_ctrl_c_ends_the_demo_and_its_ray() -> None:
-    """While the fleet starts."""
+    """While the fleet starts; where Ray's start has swallowed it, once more when the fleet is there."""
     pytest.importorskip("ray", reason="Ray is not installed: pip install 'rhizome[ray]'")
     mark = uuid.uuid4().hex
     command = (sys.executable, "-m", "deploy.cli", "demo", "--json", "--ray=local")
@@ -105,6 +105,8 @@ def test_ctrl_c_ends_the_demo_and_its_ray() -> None:
             if "placing routers and workers" in line and not told:  # the line may be printed again
                 os.kill(process.pid, signal.SIGINT)
                 told = True
+            if line.startswith("ready: "):
+                os.kill(process.pid, signal.SIGINT)
         assert process.wait(200) == 130, words
     assert "Traceback" not in words
     check_nothing_is_left(mark, words)

@@ -50,7 +50,7 @@ def test_a_request_takes_a_busy_workers_prefix_along() -> None:
             known = await entries(client)
             status = known[answer.worker_id].status
             assert (status.pulled_blocks, status.pulls_short, status.pull_transport) == (93, 0, "shm")
-            assert known[holder].status.lent_blocks == 93
+            await until(client, lambda known: known[holder].status.lent_blocks == 93)
             await until(client, lambda known: known[answer.worker_id].indexed_blocks >= 93)
 
     asyncio.run(main())
