@@ -84,7 +84,8 @@ def _print_outcome(console: Console, outcome: Outcome, *, disagg: bool) -> None:
         console.print(_pulls(outcome))
         console.print("Skipped: blocks that a worker was to take, and had already.", soft_wrap=True)
     else:
-        console.print(_reuse(summaries))
+        console.print(_reuse(summaries, outcome))
+        console.print("Fetched: blocks that one worker had, taken over by another that was to answer.", soft_wrap=True)
         console.print("The maximum: what one cache of unlimited size, shared by all, would hold.", soft_wrap=True)
     runs = len(summaries)
     identical = "yes" if outcome.answers_identical() else "NO"
@@ -103,8 +104,8 @@ def _table(title: str, words: int, *headings: str) -> Table:
     return table
 
 
-def _reuse(summaries: list[Summary]) -> Table:
-    headings = ("mode", "hit share of prompt tokens", "of the maximum", "mean TTFT", "against KV-aware")
+def _reuse(summaries: list[Summary], outcome: Outcome) -> Table:
+    headings = ("mode", "hit share of prompt tokens", "of the maximum", "fetched", "mean TTFT", "against KV-aware")
     table = _table("Turns 2 and later", 1, *headings)
     best = summaries[0].mean_ttft_ms
     for line in summaries:
@@ -112,6 +113,7 @@ def _reuse(summaries: list[Summary]) -> Table:
             line.mode,
             f"{line.hit_share:.3f}",
             f"{line.hit_share_of_maximum:.3f}",
+            f"{sum(pulls.blocks for pulls in outcome.pulls[line.mode].values())}",
             f"{line.mean_ttft_ms:.0f} ms",
             f"{line.mean_ttft_ms / best:.2f}x",
         )
