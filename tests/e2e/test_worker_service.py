@@ -26,6 +26,9 @@ from rhizome.errors import InvalidRequest
 from rhizome.v1 import generation_pb2 as pb
 from rhizome.v1 import worker_pb2, worker_pb2_grpc
 from tests.support.router_cluster import refusal
+from worker.transfer.memory import BlockLayout, BlockMemory
+from worker.transfer.puller import Puller
+from worker.transfer.transports.tcp import TcpTransport
 
 VOCAB = 262
 SECRET = b"a fleet's secret"
@@ -245,7 +248,9 @@ def test_more_than_may_wait_is_refused_with_a_time_to_retry(tiny_model: Path) ->
     """RESOURCE_EXHAUSTED with RetryInfo; those accepted are all answered."""
 
     async def test(served: Worker) -> None:
-        running = [asyncio.create_task(served.chunks(request([at], max_tokens=300))) for at in range(3)]
+        running = [asyncio.create_task(served.chunks(request([0], max_tokens=300)))]
+        await served.until(lambda status: status.running == 1)
+        running += [asyncio.create_task(served.chunks(request([at], max_tokens=300))) for at in (1, 2)]
         await served.until(lambda status: status.running == 1 and status.waiting == 2)
         error = await refusal(served.chunks(request([9])), grpc.StatusCode.RESOURCE_EXHAUSTED)
         assert "2 is the limit" in (error.details() or "")
@@ -367,7 +372,9 @@ def test_blocks_are_held_for_routers_only(tiny_model: Path, monkeypatch: pytest.
         message.block_keys = BlockHasher(16, message.salt, SECRET).keys(np.arange(40, dtype=np.uint32)).tobytes()
         ticket.sign_request(SECRET, message, "worker-0", epoch, int(time.time() * 1000))
         (only,) = await served.chunks(message)
-        assert only.transfer_ticket
+        assert (await served.until(lambda status: status.blocks_in_use == 2)).lent_blocks == 2
+        puller = Puller(BlockMemory.shared(BlockLayout(64), 1), [TcpTransport()], secret=SECRET)
+        await asyncio.to_thread(puller.release, only.transfer_ticket)
 
     with_worker(tiny_model, test)
 
