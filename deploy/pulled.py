@@ -24,14 +24,7 @@ def pulled(status: WorkerStatus) -> dict[str, Any]:
         "lent_blocks": status.lent_blocks,
         "token_s": status.fetch_token_s or None,
         "by_transport": [
-            {
-                "transport": counts.transport,
-                "pulls": counts.pulls,
-                "failed": counts.failed,
-                "blocks": counts.blocks,
-                "size_bytes": counts.size_bytes,
-                "seconds": counts.seconds,
-            }
+            {field.name: getattr(counts, field.name) for field in counts.DESCRIPTOR.fields}
             for counts in status.pull_counts
         ],
     }

@@ -35,6 +35,13 @@ DEFAULT_TRANSPORTS = ("local", "shm", "tcp", "grpc")
 GRPC_THREADS = 4  # in which batches for gRPC are digested and copied; calls wait for their turn
 
 
+def check_transport(name: str) -> str:
+    """The name again. Raises InvalidRequest for one that no transport has."""
+    if name not in TRANSPORTS:
+        raise InvalidRequest("transport", name, f"one of {', '.join(TRANSPORTS)}")
+    return name
+
+
 def check_transports(names: Sequence[str]) -> None:
     """Raise InvalidRequest for what cannot be had: an unknown name, one twice, none, or NIXL where it is not here."""
     from worker.transfer.transports.nixl import INSTALL, has_nixl
@@ -42,8 +49,7 @@ def check_transports(names: Sequence[str]) -> None:
     if not names:
         raise InvalidRequest("transport", None, f"at least one of {', '.join(TRANSPORTS)}")
     for name in names:
-        if name not in TRANSPORTS:
-            raise InvalidRequest("transport", name, f"one of {', '.join(TRANSPORTS)}")
+        check_transport(name)
         if names.count(name) > 1:
             raise InvalidRequest("transport", name, "each only once")
     if "nixl" in names and not has_nixl():

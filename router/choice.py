@@ -166,7 +166,7 @@ class Choice:
             pulls = able.roles.pulls_from(names.index(lender))
         scores = to_go_on(rows, pulls)
         if able.roles is not None:
-            scores = able.roles.assign(rows, scores, splits=False, in_seconds=True, local_s=0.0)
+            scores = able.roles.whole(rows, scores)
         if without:
             rows.max_in_flight[np.isin(names, list(without))] = 0.0
         best = choose(rows, scores, lambda least: least)

@@ -42,13 +42,17 @@ class Roles:
         pulls: Rows = self.pulls & from_there[self._kind]
         return pulls
 
+    def whole(self, rows: Candidates, scores: Floats) -> Floats:
+        """The scores of who answers to the end, alone or from where another is gone: prefill workers have no room."""
+        return _without_room(rows, scores, self.prefill)
+
     def assign(self, rows: Candidates, scores: Floats, *, splits: bool, in_seconds: bool, local_s: float) -> Floats:
         """The scores of who computes the prompt. Who must not has no room for it. `splits`: the answer may move."""
         free = np.maximum(rows.max_in_flight - rows.in_flight, 0.0)
         takers = self.pulls & (free > 0)
         to_come = rows.in_flight[self.prefill].sum()  # each will need a place
         if not (splits and (self.lends & (free > 0)).any() and free[takers].sum() > to_come):
-            return _without_room(rows, scores, self.prefill)
+            return self.whole(rows, scores)
         long, never = self.decode & (rows.prefill_s > local_s), self.prefill & ~self.lends
         if not in_seconds or not local_s:
             return _without_room(rows, scores, long | never)

@@ -11,17 +11,15 @@ import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import ray
 
+from deploy.demo.places import Say, T
 from deploy.fleet.config import FleetConfig
 from deploy.fleet.plan import plan_fleet
 from deploy.fleet.ray_cluster import connect, deploy_on_ray, ray_control
 from rhizome.errors import Unavailable
-
-T = TypeVar("T")
-Say = Callable[[str], None]
 
 STARTS = 3  # Ray gives its first node 30 s, and a busy machine may need longer
 OBJECT_STORE_BYTES = 80 * 2**20  # about the least that Ray takes: nothing of a fleet goes through it

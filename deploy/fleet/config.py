@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from deploy.processes import WILDCARDS
-from deploy.transfers import DEFAULT_TRANSPORTS, TRANSPORTS
+from deploy.transfers import DEFAULT_TRANSPORTS, TRANSPORTS, check_transport
 from kv_events.bus.redis_registry import parse_registry_url
 from kv_events.bus.url import parse_bus_url
 from rhizome.errors import InvalidRequest
@@ -63,12 +63,6 @@ def _registry(value: str) -> str:
 
 def _events(value: str) -> str:
     parse_bus_url(value.replace("{worker}", "w"))
-    return value
-
-
-def _transport(value: str) -> str:
-    if value not in TRANSPORTS:
-        raise InvalidRequest("transport", value, f"one of {', '.join(TRANSPORTS)}")
     return value
 
 
@@ -143,7 +137,7 @@ class WorkerGroup(_Part):
     threads: Annotated[int | None, Field(ge=1, le=1024)] = None
     events: Annotated[list[Annotated[str, _collected(_events)]], Field(max_length=8)] = []
     event_token_ids: bool = False
-    transports: Annotated[list[Annotated[str, _collected(_transport)]], Field(max_length=len(TRANSPORTS))] = []
+    transports: Annotated[list[Annotated[str, _collected(check_transport)]], Field(max_length=len(TRANSPORTS))] = []
     """For KV blocks from and for other workers, the best first; default: the worker's."""
     resources: Resources = Resources()
 

@@ -16,7 +16,7 @@ from deploy.fleet.plan import plan_fleet
 from deploy.local import LocalCluster
 from rhizome.ticket import SECRET_VARIABLE
 from rhizome.v1 import router_pb2
-from router.client import Ask, Client
+from router.client import Ask, Client, Completion
 from router.service import running_router
 
 LEASE_S = 12.0
@@ -92,6 +92,22 @@ def nothing_held(known: dict[str, router_pb2.WorkerEntry]) -> bool:
     return all(entry.in_flight == entry.status.blocks_in_use == 0 for entry in known.values())
 
 
+async def taken_along(client: Client, max_tokens: int) -> tuple[str, Completion]:
+    """A request goes to the idle worker, as the one that holds its prefix is busy, and is answered as by one worker.
+    Returns who held it, and the answer, when a pull is reported and nothing is held any more."""
+    asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": max_tokens, **GREEDY}
+    alone: Ask = {**asked, "bypass_prefix_cache": True}
+    whole = await client.complete(**alone)
+    holder = await fill(client)
+    tasks = await keep_busy(client, holder)
+    answer = await client.complete(**asked)
+    await end(tasks)
+    assert answer.worker_id != holder
+    assert answer.token_ids == whole.token_ids
+    await until(client, lambda known: nothing_held(known) and known[answer.worker_id].status.pulls > 0)
+    return holder, answer
+
+
 def with_fleet(model: Path, test: Callable[[LocalCluster, Client], Awaitable[None]]) -> None:
     async def main() -> None:
         async with fleet(model) as (cluster, client):
@@ -105,18 +121,8 @@ def test_a_request_takes_a_busy_workers_prefix_along(tiny_model: Path) -> None:
     for bit; all that was held for it comes back; the blocks are the puller's own from then on."""
 
     async def test(_: LocalCluster, client: Client) -> None:
-        asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": 24, **GREEDY}
-        alone: Ask = {**asked, "bypass_prefix_cache": True}
-        whole = await client.complete(**alone)
-        holder = await fill(client)
-        tasks = await keep_busy(client, holder)
-        answer = await client.complete(**asked)
-        await end(tasks)
-        assert answer.worker_id != holder
-        assert answer.token_ids == whole.token_ids
+        holder, answer = await taken_along(client, max_tokens=24)
         assert answer.cached_tokens == 93 * 16
-        await until(client, lambda known: nothing_held(known) and known[answer.worker_id].status.pulls > 0)
-        await until(client, lambda known: known[holder].status.lent_blocks > 0)
         known = await entries(client)
         status = known[answer.worker_id].status
         assert (status.pulled_blocks, status.pulls_short, status.pull_transport) == (93, 0, "shm")

@@ -13,8 +13,8 @@ from deploy.cli import app
 from deploy.fleet.config import FleetConfig, Model, Routers, WorkerGroup
 from deploy.fleet.plan import plan_fleet
 from deploy.local import LocalCluster
-from router.client import Ask, Client
-from tests.e2e.test_peer_fetch import ALONE, GREEDY, PREFIX, end, entries, fill, keep_busy, nothing_held, until
+from router.client import Client
+from tests.e2e.test_peer_fetch import ALONE, entries, taken_along
 from worker.transfer.transports.nixl import INSTALL, has_nixl
 
 needs_nixl = pytest.mark.skipif(not has_nixl(), reason=f"nixl is not here: {INSTALL}")
@@ -30,16 +30,7 @@ def test_blocks_travel_the_way_that_was_chosen(tiny_model: Path, way: str) -> No
         cluster = LocalCluster(plan, worker_arguments=(*ALONE, "--transport", way))
         async with asyncio.timeout(150), cluster, Client(cluster.address) as client:
             await client.wait_ready(workers=2)
-            asked: Ask = {"token_ids": [*PREFIX, 253, 254], "max_tokens": 8, **GREEDY}
-            alone: Ask = {**asked, "bypass_prefix_cache": True}
-            whole = await client.complete(**alone)
-            holder = await fill(client)
-            tasks = await keep_busy(client, holder)
-            answer = await client.complete(**asked)
-            await end(tasks)
-            assert answer.worker_id != holder
-            assert answer.token_ids == whole.token_ids
-            await until(client, lambda known: nothing_held(known) and known[answer.worker_id].status.pulls > 0)
+            _, answer = await taken_along(client, max_tokens=8)
             status = (await entries(client))[answer.worker_id].status
             assert (status.pulled_blocks, status.pulls_short, status.pull_transport) == (93, 0, way)
             (counts,) = status.pull_counts
