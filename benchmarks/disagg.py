@@ -67,7 +67,7 @@ async def measured(rounds: int) -> list[Row]:
 
 async def _times(client: Client, number: int, tokens: int) -> tuple[float, float, float, float]:
     """Seconds in all, to the first token, from it to the second, and for each later one."""
-    prompt = [1 + number, *(1 + at * 7 % 250 for at in range(tokens - 1))]
+    prompt = [1 + number, 1 + tokens % 250, *(1 + at * 7 % 250 for at in range(tokens - 2))]
     answer = await client.complete(token_ids=prompt, max_tokens=ANSWER_TOKENS, temperature=0.0, ignore_eos=True)
     second, *later = answer.itl_s
     return answer.total_s, answer.ttft_s, second, mean(later)
